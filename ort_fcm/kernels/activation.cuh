@@ -1,0 +1,60 @@
+// Activations, on floats and on channels as they lie in a register: two halves or one float. A new activation is a case
+// of activate(), beside its name in spec.h.
+#pragma once
+
+#include "primitives.cuh"
+#include "spec.h"
+
+namespace fcm {
+
+FCM_DEVICE float sigmoid(float x) { return fast_divide(1.f, 1.f + fast_exp(-x)); }
+
+FCM_DEVICE float activate(Act act, float x, float slope) {
+  switch (act.kind) {
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return maximum(x, 0.f);
+    case Activation::clip:
+      return minimum(maximum(x, act.alpha), act.beta);
+    case Activation::hardswish:
+      return x * minimum(maximum(x * (1.f / 6) + 0.5f, 0.f), 1.f);
+    case Activation::silu:
+      return x * sigmoid(x);
+    case Activation::hardsigmoid:
+      return minimum(maximum(act.alpha * x + act.beta, 0.f), 1.f);
+    case Activation::sigmoid:
+      return sigmoid(x);
+    case Activation::gelu:
+      return 0.5f * x * (1.f + erf(x * 0.70710678f));
+    case Activation::gelu_tanh:
+      return 0.5f * x * (1.f + tanh(0.79788456f * (x + 0.044715f * x * x * x)));
+    case Activation::leakyrelu:
+      return x < 0.f ? act.alpha * x : x;
+    case Activation::prelu:
+      return x < 0.f ? slope * x : x;
+    case Activation::tanh:
+      return tanh(x);
+  }
+  return x;
+}
+
+constexpr bool packs(Activation kind) {
+  return kind == Activation::none || kind == Activation::relu || kind == Activation::clip;
+}
+
+// Activation of two packed halves, without leaving half precision; only where packs(kind).
+FCM_DEVICE u32 activate_half2(Act act, u32 x) {
+  if (act.kind == Activation::relu) return half2_max(x, 0);
+  if (act.kind == Activation::clip)
+    return half2_min(half2_max(x, half2_pack(act.alpha, act.alpha)), half2_pack(act.beta, act.beta));
+  return x;
+}
+
+// Activation of two neighbouring channels in float, result packed to half.
+FCM_DEVICE u32 activate_pack(Act act, float low, float high, float slope_low, float slope_high) {
+  if (packs(act.kind)) return activate_half2(act, half2_pack(low, high));
+  return half2_pack(activate(act, low, slope_low), activate(act, high, slope_high));
+}
+
+}  // namespace fcm

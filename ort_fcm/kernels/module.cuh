@@ -1,0 +1,510 @@
+// The fused module: one thread block walks over its middle channels in chunks. Step i copies the weights (and inputs)
+// that step i + 1 needs, computes the middle tensor of chunk i + 1 into one buffer while the depthwise reads chunk i from
+// the other, and adds the products of chunk i (or i - 1, where warps exchange fragments) to the result in registers. So
+// one barrier a step suffices.
+#pragma once
+
+#include "depthwise.cuh"
+#include "input.cuh"
+#include "output.cuh"
+#include "primitives.cuh"
+#include "spec.h"
+
+namespace fcm {
+
+template <class C>
+struct Module {
+  using L = Lanes<C>;
+  using In = Input<C>;
+  using T = TilePlace<C>;
+  using Out = Output<C>;
+  static constexpr Spec S = C::spec;
+  static constexpr bool kFirst = S.first != Dense::none, kProject = has_project(S);
+  static constexpr bool kStreams = streams_input(S), kExchanges = exchanges(S);
+  // Whether fragments are computed, and not copied, into the exchange buffers: read a step later.
+  static constexpr int kLag = kExchanges && !kStreams ? 1 : 0;
+  // The first stage runs a chunk ahead of the depthwise that reads its result.
+  static constexpr int kAhead = kFirst && S.depthwise ? 1 : 0;
+  static constexpr int kGroup = L::kGroup, kChunkGroups = chunk_groups(S), P = S.tile.patch_h;
+  static constexpr int kThreads = threads(S);
+  static constexpr int kFirstDepth = kFirst ? first_depth(S) : kGroup;
+  static constexpr int kFirstSteps = ceil_div(kFirstDepth, kGroup / 2), kFirstGroups = ceil_div(kFirstSteps, 2);
+  static constexpr int kFirstTiles = kFirst ? first_tiles(S) : 1;
+  static constexpr bool kFirstRegisters = !kFirst || first_in_registers(S);
+  static constexpr int kWarpGroupsN = kProject ? warp_groups_n(S) : 1;
+  static constexpr int kBlocks8 = L::kBlocks8;
+
+  // Shared memory: what first reads, then two of each buffer.
+  static constexpr int kHaloAt = first_input_bytes(S);
+  static constexpr int kFirstAt = kHaloAt + 2 * halo_bytes(S);
+  static constexpr int kDepthwiseAt = kFirstAt + 2 * first_chunk_bytes(S);
+  static constexpr int kProjectAt = kDepthwiseAt + 2 * depthwise_chunk_bytes(S);
+  static constexpr int kExchangeAt = kProjectAt + 2 * project_chunk_bytes(S);
+
+  const Params& p;
+  char* const shared;
+  const T place;
+  int chunk0, chunk_step, steps;  // this block's chunks: chunk0, chunk0 + chunk_step, ...
+
+  // `first`: where the pixels of this lane's tiles go in the halo plane, and their input fragments.
+  int halo_offsets[kFirstTiles][2];
+  Vec first_input[kFirstRegisters ? kFirstTiles : 1][kFirstRegisters ? kFirstGroups : 1][2];
+  // Without `first`: what this thread copies of the halo region, or the pixels of its fragments.
+  static constexpr int kCopies =
+      !kFirst && S.depthwise ? ceil_div(S.tile.images * halo_h(S) * halo_w(S) * 4, kThreads) : 1;
+  static constexpr bool kCopiesKept = kCopies <= 12;
+  int copy_to[kCopiesKept ? kCopies : 1], copy_from[kCopiesKept ? kCopies : 1];
+  Pixel sources[!kFirst && !S.depthwise ? P : 1][2];
+
+  float sums[P][kWarpGroupsN][kBlocks8][4];
+
+  FCM_DEVICE explicit Module(const Params& params) : p(params), shared(shared_memory()), place(params) {
+    if constexpr (kProject) {
+      chunk0 = S.tile.split > 1 ? block_z() : 0, chunk_step = S.tile.split;
+      steps = ceil_div(chunks(S) - chunk0, chunk_step);
+    } else {
+      const int per_block = ceil_div(block_n(S), S.tile.chunk);
+      chunk0 = block_y() * per_block, chunk_step = 1;
+      steps = min(per_block, chunks(S) - chunk0);
+    }
+  }
+
+  FCM_DEVICE int chunk(int step) const { return chunk0 + step * chunk_step; }
+  FCM_DEVICE static int groups(int chunk) { return min(kChunkGroups, middle_groups(S) - chunk * kChunkGroups); }
+  FCM_DEVICE char* halo_buffer(int step) const { return shared + kHaloAt + (step & 1) * halo_bytes(S); }
+  FCM_DEVICE char* first_buffer(int step) const { return shared + kFirstAt + (step & 1) * first_chunk_bytes(S); }
+  FCM_DEVICE char* depthwise_buffer(int step) const {
+    return shared + kDepthwiseAt + (step & 1) * depthwise_chunk_bytes(S);
+  }
+  FCM_DEVICE char* project_buffer(int step) const { return shared + kProjectAt + (step & 1) * project_chunk_bytes(S); }
+  FCM_DEVICE char* exchange_buffer(int step) const { return shared + kExchangeAt + (step & 1) * exchange_bytes(S); }
+  // Fragment of patch row `py`, pixel `side`, of group gi in the exchange buffer.
+  FCM_DEVICE static int exchange_offset(int gi, int py, int side) {
+    return (((L::warp_m() * kChunkGroups + gi) * P + py) * 2 + side) * kFragment + L::lane() * 16;
+  }
+
+  // ---- Copies ----------------------------------------------------------------------------------------------------------
+
+  FCM_DEVICE static void copy(char* to, const void* from, int bytes) {
+    for (int i = thread_index() * 16; i < bytes; i += kThreads * 16) copy_async(to + i, (const char*)from + i);
+  }
+  FCM_DEVICE static void copy_vectors(char* to, Act act, const float* bias, const float* slope, int chunk, int groups) {
+    copy(to, bias + chunk * S.tile.chunk, groups * kGroup * 4);
+    if (act.kind == Activation::prelu)
+      copy(to + S.tile.chunk * 4, slope + chunk * S.tile.chunk, groups * kGroup * 4);
+  }
+  FCM_DEVICE void copy_first(int step) const {
+    if constexpr (kFirst) {
+      if (step < 0 || step >= steps) return;
+      const int c = chunk(step), g = groups(c);
+      char* to = first_buffer(step);
+      copy(to, (const char*)p.first_weight + (long long)c * kChunkGroups * first_group_bytes(S), g * first_group_bytes(S));
+      copy_vectors(to + kChunkGroups * first_group_bytes(S), S.first_act, p.first_bias, p.first_slope, c, g);
+    }
+  }
+  FCM_DEVICE void copy_depthwise(int step) const {
+    if constexpr (S.depthwise) {
+      if (step < 0 || step >= steps) return;
+      const int c = chunk(step), g = groups(c);
+      char* to = depthwise_buffer(step);
+      copy(to, (const char*)p.depthwise_weight + (long long)c * kChunkGroups * depthwise_group_bytes(S),
+           g * depthwise_group_bytes(S));
+      copy_vectors(to + kChunkGroups * depthwise_group_bytes(S), S.depthwise_act, p.depthwise_bias, p.depthwise_slope,
+                   c, g);
+    }
+  }
+  FCM_DEVICE void copy_project(int step) const {
+    if constexpr (kProject) {
+      if (step < 0 || step >= steps) return;
+      const int c = chunk(step), g = groups(c);
+      const int bytes = min(block_n(S), padded_out(S) - block_y() * block_n(S)) / 8 * kFragment;
+      for (int gi = 0; gi < g; ++gi) {
+        const long long from =
+            ((long long)(c * kChunkGroups + gi) * (padded_out(S) / 8) + block_y() * (block_n(S) / 8)) * kFragment;
+        copy(project_buffer(step) + gi * (block_n(S) / 8) * kFragment, (const char*)p.project_weight + from, bytes);
+      }
+    }
+  }
+  // X itself: the halo region of a chunk where the module starts with a depthwise, the fragments of a lone pointwise.
+  FCM_DEVICE void copy_input(int step) const {
+    if (step < 0 || step >= steps) return;
+    if constexpr (!kFirst && S.depthwise) {
+      const int c = chunk(step), g = groups(c);
+      FCM_UNROLL
+      for (int i = 0; i < kCopies; ++i) {
+        int to, from;
+        if constexpr (kCopiesKept)
+          to = copy_to[i], from = copy_from[i];
+        else
+          copy_place(i, to, from);
+        if (from < 0) continue;
+        for (int gi = 0; gi < g; ++gi) {
+          const int k = (c * kChunkGroups + gi) * kGroup + thread_index() % 4 * L::kLane;
+          char* slot = halo_buffer(step) + gi * halo_plane_bytes(S) + to;
+          if constexpr (vector_input(S)) {
+            const char* x = (const char*)p.x + ((long long)place.image0 * p.in_h * p.in_w * S.c_in + k) * L::kElement;
+            const bool valid = k < S.c_in;
+            copy_async(slot, valid ? x + (long long)from * (S.c_in * L::kElement) : p.x, valid);
+          } else {
+            const int area = p.in_h * p.in_w, image = from / area, rest = from % area;
+            *(Vec*)slot = In::template load<Dense::none, L::kLane>(p, Window{}, place.image0 + image, rest / p.in_w,
+                                                                 rest % p.in_w, k, true);
+          }
+        }
+      }
+    }
+    if constexpr (kStreams) {
+      const int c = chunk(step), g = groups(c);
+      FCM_UNROLL
+      for (int gi = 0; gi < kChunkGroups; ++gi) {
+        if (gi % S.tile.warps_n != L::warp_n() || gi >= g) continue;
+        const int k = (c * kChunkGroups + gi) * kGroup + L::column() * L::kLane;
+        FCM_UNROLL
+        for (int py = 0; py < P; ++py) {
+          FCM_UNROLL
+          for (int side = 0; side < 2; ++side) {
+            const Pixel& q = sources[py][side];
+            const bool valid = q.valid && k < S.c_in;
+            copy_async(exchange_buffer(step) + exchange_offset(gi, py, side),
+                       valid ? In::address(p, S.project_window, q.n, q.y, q.x, k) : (const char*)p.x, valid);
+          }
+        }
+      }
+    }
+  }
+  // The i-th 16 bytes of each plane that this thread copies: offset in the plane; pixel from the tile's first image on.
+  FCM_DEVICE void copy_place(int i, int& to, int& from) const {
+    const Pixel q = place.halo_pixel((thread_index() + i * kThreads) / 4);
+    to = place.halo_offset(q) + thread_index() % 4 * 16;
+    from = q.valid ? ((q.n - place.image0) * p.in_h + q.y) * p.in_w + q.x : -1;
+  }
+
+  // All that step `step` needs, and what runs ahead of it.
+  FCM_DEVICE void copy_step(int step) const {
+    copy_first(step + kAhead);
+    copy_depthwise(step);
+    copy_project(step - kLag);
+    copy_input(step);
+    copy_async_commit();
+  }
+
+  // ---- Stages ----------------------------------------------------------------------------------------------------------
+
+  FCM_DEVICE void load_first_input() {
+    FCM_UNROLL
+    for (int i = 0; i < kFirstTiles; ++i) {
+      FCM_UNROLL
+      for (int side = 0; side < 2; ++side) {
+        Pixel q;
+        if constexpr (S.depthwise) {
+          q = place.halo_pixel((L::warp() + i * warps(S)) * 16 + side * 8 + L::row());
+          halo_offsets[i][side] = place.halo_offset(q) + L::column() * 16;
+        } else {
+          q = place.output_pixel(p, L::warp_m(), i, side);
+        }
+        FCM_UNROLL
+        for (int kg = 0; kg < kFirstGroups; ++kg) {
+          const Vec v =
+              In::template load_group<S.first, kFirstDepth>(p, S.first_window, q.n, q.y, q.x, kg, q.valid);
+          if constexpr (kFirstRegisters)
+            first_input[i][kg][side] = v;
+          else
+            *(Vec*)(shared + first_offset(i, kg, side)) = v;
+        }
+      }
+    }
+  }
+  // Written and read by the same lane.
+  FCM_DEVICE static int first_offset(int i, int kg, int side) {
+    return (((L::warp() * kFirstTiles + i) * kFirstGroups + kg) * 2 + side) * kFragment + L::lane() * 16;
+  }
+  FCM_DEVICE Vec first_fragment(int i, int kg, int side) const {
+    if constexpr (kFirstRegisters) return first_input[i][kg][side];
+    return *(const Vec*)(shared + first_offset(i, kg, side));
+  }
+
+  // Products of group gi of the chunk in `buffer` for COUNT tiles from tile i on.
+  template <int COUNT>
+  FCM_DEVICE void first_products(float (&c)[COUNT][kBlocks8][4], int i, const char* buffer, int gi) const {
+    const float* bias = (const float*)(buffer + kChunkGroups * first_group_bytes(S)) + gi * kGroup +
+                        L::column() * L::kLane;
+    FCM_UNROLL
+    for (int m = 0; m < COUNT; ++m) L::start(c[m], bias);
+    FCM_UNROLL
+    for (int kg = 0; kg < kFirstGroups; ++kg) {
+      Vec a[COUNT][2];
+      FCM_UNROLL
+      for (int m = 0; m < COUNT; ++m) {
+        FCM_UNROLL
+        for (int side = 0; side < 2; ++side) a[m][side] = first_fragment(i + m, kg, side);
+      }
+      FCM_UNROLL
+      for (int j = 0; j < kBlocks8; ++j) {
+        const char* product = buffer + ((gi * kBlocks8 + j) * kFirstSteps + kg * 2) * 256;
+        if (kFirstSteps % 2 && kg == kFirstSteps / 2) {
+          const Vec b = L::template weights<1>(product);
+          FCM_UNROLL
+          for (int m = 0; m < COUNT; ++m) L::template multiply<1>(c[m][j], a[m][0], a[m][1], b);
+        } else {
+          const Vec b = L::template weights<2>(product);
+          FCM_UNROLL
+          for (int m = 0; m < COUNT; ++m) L::template multiply<2>(c[m][j], a[m][0], a[m][1], b);
+        }
+      }
+    }
+  }
+  FCM_DEVICE const float* first_slope(const char* buffer, int gi) const {
+    return (const float*)(buffer + kChunkGroups * first_group_bytes(S)) + S.tile.chunk + gi * kGroup +
+           L::column() * L::kLane;
+  }
+
+  // The middle tensor of a chunk on the halo region.
+  FCM_DEVICE void first_to_halo(int step) const {
+    const char* buffer = first_buffer(step);
+    char* halo = halo_buffer(step);
+    const int g = groups(chunk(step)), tiles = ceil_div(place.halo_pixels(), 16);
+    for (int gi = 0; gi < g; ++gi) {
+      FCM_UNROLL
+      for (int i = 0; i < kFirstTiles; i += 2) {
+        constexpr int kPair = kFirstTiles > 1 ? 2 : 1;
+        if (L::warp() + i * warps(S) >= tiles) break;
+        if (kPair == 2 && i + 1 < kFirstTiles && L::warp() + (i + 1) * warps(S) < tiles)
+          first_tiles_to_halo<kPair>(i, buffer, halo, gi);
+        else
+          first_tiles_to_halo<1>(i, buffer, halo, gi);
+      }
+    }
+  }
+  template <int COUNT>
+  FCM_DEVICE void first_tiles_to_halo(int i, const char* buffer, char* halo, int gi) const {
+    float c[COUNT][kBlocks8][4];
+    first_products<COUNT>(c, i, buffer, gi);
+    FCM_UNROLL
+    for (int m = 0; m < COUNT; ++m) {
+      FCM_UNROLL
+      for (int side = 0; side < 2; ++side)
+        *(Vec*)(halo + gi * halo_plane_bytes(S) + halo_offsets[i + m][side]) =
+            L::pack(c[m], side, S.first_act, first_slope(buffer, gi));
+    }
+  }
+
+  // What `project` multiplies, of group gi of a chunk: this lane's channels of its pixels.
+  FCM_DEVICE void fragments(Vec (&d)[P][2], int step, int gi) const {
+    if constexpr (S.depthwise) {
+      const typename T::Patch q = place.patch(L::warp_m());
+      constexpr Window w = S.depthwise_window;
+      const char* halo = halo_buffer(step) + gi * halo_plane_bytes(S) +
+                         ((q.image * T::kHaloH + q.y * w.stride_h) * T::kPitch + q.x * w.stride_w) * 64 +
+                         L::column() * 16;
+      const int side = T::kShift < 31 ? q.x / 2 & 1 : 0;
+      const char* buffer = depthwise_buffer(step);
+      const float* bias = (const float*)(buffer + kChunkGroups * depthwise_group_bytes(S)) + gi * kGroup +
+                          L::column() * L::kLane;
+      Depthwise<C>::run(d, halo, side, buffer + gi * depthwise_group_bytes(S) + L::column() * 16, bias,
+                        bias + S.tile.chunk);
+    } else if constexpr (kFirst) {
+      const char* buffer = first_buffer(step);
+      FCM_UNROLL
+      for (int py = 0; py < P; ++py) {
+        float c[1][kBlocks8][4];
+        first_products<1>(c, py, buffer, gi);
+        FCM_UNROLL
+        for (int side = 0; side < 2; ++side) d[py][side] = L::pack(c[0], side, S.first_act, first_slope(buffer, gi));
+      }
+    } else if constexpr (!kStreams) {
+      const int k = (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane;
+      FCM_UNROLL
+      for (int py = 0; py < P; ++py) {
+        FCM_UNROLL
+        for (int side = 0; side < 2; ++side) {
+          const Pixel& q = sources[py][side];
+          d[py][side] = In::template load<S.project, L::kLane>(p, S.project_window, q.n, q.y, q.x, k, q.valid);
+        }
+      }
+    }
+  }
+
+  FCM_DEVICE void project(const Vec (&d)[P][2], int step, int gi) {
+    Vec a[P][2];
+    FCM_UNROLL
+    for (int py = 0; py < P; ++py) {
+      FCM_UNROLL
+      for (int side = 0; side < 2; ++side) a[py][side] = L::operand(d[py][side]);
+    }
+    const char* buffer = project_buffer(step) + gi * (block_n(S) / 8) * kFragment;
+    const int base = L::warp_n() * kWarpGroupsN * kBlocks8;
+    FCM_UNROLL
+    for (int ng = 0; ng < kWarpGroupsN; ++ng) {
+      FCM_UNROLL
+      for (int j = 0; j < kBlocks8; ++j) {
+        const int block8 = base + ng * kBlocks8 + j;
+        if (block8 >= block_n(S) / 8) continue;
+        const Vec b = L::template weights<2>(buffer + block8 * kFragment);
+        FCM_UNROLL
+        for (int py = 0; py < P; ++py) L::template multiply<2>(sums[py][ng][j], a[py][0], a[py][1], b);
+      }
+    }
+  }
+
+  // Computes the fragments of a chunk and uses them: products at once, or the exchange buffer, or Y.
+  FCM_DEVICE void produce(int step) {
+    const int g = groups(chunk(step));
+    for (int gi = kExchanges ? L::warp_n() : 0; gi < g; gi += kExchanges ? S.tile.warps_n : 1) {
+      Vec d[P][2];
+      fragments(d, step, gi);
+      if constexpr (!kProject) {
+        FCM_UNROLL
+        for (int py = 0; py < P; ++py) {
+          FCM_UNROLL
+          for (int side = 0; side < 2; ++side)
+            Out::store_vector(p, place.output_pixel(p, L::warp_m(), py, side),
+                              (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane, d[py][side]);
+        }
+      } else if constexpr (kExchanges) {
+        FCM_UNROLL
+        for (int py = 0; py < P; ++py) {
+          FCM_UNROLL
+          for (int side = 0; side < 2; ++side)
+            *(Vec*)(exchange_buffer(step) + exchange_offset(gi, py, side)) = d[py][side];
+        }
+      } else {
+        project(d, step, gi);
+      }
+    }
+  }
+  FCM_DEVICE void project_exchanged(int step) {
+    const int g = groups(chunk(step));
+    for (int gi = 0; gi < g; ++gi) {
+      Vec d[P][2];
+      FCM_UNROLL
+      for (int py = 0; py < P; ++py) {
+        FCM_UNROLL
+        for (int side = 0; side < 2; ++side)
+          d[py][side] = *(const Vec*)(exchange_buffer(step) + exchange_offset(gi, py, side));
+      }
+      project(d, step, gi);
+    }
+  }
+
+  // ---- The end ---------------------------------------------------------------------------------------------------------
+
+  FCM_DEVICE void store_sums(int warp_m, int warp_n, int py, int ng, const float (&c)[kBlocks8][4]) const {
+    const int in_block = (warp_n * kWarpGroupsN + ng) * kGroup;
+    if (in_block >= block_n(S)) return;
+    const Pixel q[2] = {place.output_pixel(p, warp_m, py, 0), place.output_pixel(p, warp_m, py, 1)};
+    Out::store_group(p, q, block_y() * block_n(S) + in_block, c);
+  }
+  FCM_DEVICE void store_all() const {
+    FCM_UNROLL
+    for (int py = 0; py < P; ++py) {
+      FCM_UNROLL
+      for (int ng = 0; ng < kWarpGroupsN; ++ng) store_sums(L::warp_m(), L::warp_n(), py, ng, sums[py][ng]);
+    }
+  }
+  // Adds the sums of the cluster's blocks, each of which stores its share.
+  FCM_DEVICE void reduce_and_store() const {
+    block_sync();
+    FCM_UNROLL
+    for (int py = 0; py < P; ++py) {
+      FCM_UNROLL
+      for (int ng = 0; ng < kWarpGroupsN; ++ng) {
+        FCM_UNROLL
+        for (int j = 0; j < kBlocks8; ++j) {
+          const float(&c)[4] = sums[py][ng][j];
+          *(Vec*)(shared + reduction_offset((L::warp() * P + py) * kWarpGroupsN + ng, j)) =
+              Vec{{float_bits(c[0]), float_bits(c[1]), float_bits(c[2]), float_bits(c[3])}};
+        }
+      }
+    }
+    cluster_sync();
+    constexpr int kUnits = warps(S) * P * kWarpGroupsN;
+    for (int u = block_z() + S.tile.split * L::warp(); u < kUnits; u += S.tile.split * warps(S)) {
+      float c[kBlocks8][4];
+      FCM_UNROLL
+      for (int j = 0; j < kBlocks8; ++j) {
+        FCM_UNROLL
+        for (int i = 0; i < 4; ++i) c[j][i] = 0;
+        FCM_UNROLL
+        for (int rank = 0; rank < S.tile.split; ++rank) {
+          const Vec v = cluster_load(shared + reduction_offset(u, j), rank);
+          FCM_UNROLL
+          for (int i = 0; i < 4; ++i) c[j][i] += bits_float(v.r[i]);
+        }
+      }
+      const int warp = u / (P * kWarpGroupsN);
+      store_sums(warp % S.tile.warps_m, warp / S.tile.warps_m, u / kWarpGroupsN % P, u % kWarpGroupsN, c);
+    }
+    cluster_sync();
+  }
+  FCM_DEVICE static int reduction_offset(int unit, int j) { return (unit * kBlocks8 + j) * kFragment + L::lane() * 16; }
+
+  FCM_DEVICE void run() {
+    if constexpr (!kFirst && !S.depthwise) {
+      FCM_UNROLL
+      for (int py = 0; py < P; ++py) {
+        FCM_UNROLL
+        for (int side = 0; side < 2; ++side) sources[py][side] = place.output_pixel(p, L::warp_m(), py, side);
+      }
+    }
+    if constexpr (!kFirst && S.depthwise && kCopiesKept) {
+      FCM_UNROLL
+      for (int i = 0; i < kCopies; ++i) copy_place(i, copy_to[i], copy_from[i]);
+    }
+    if constexpr (kAhead > 0) {
+      copy_first(0);
+      copy_async_commit();
+    }
+    if constexpr (S.depthwise) {  // what lies outside the middle map is zero, and nothing writes it again
+      for (int i = thread_index() * 16; i < 2 * halo_bytes(S); i += kThreads * 16) *(Vec*)(shared + kHaloAt + i) = Vec{};
+      if constexpr (!kFirst) block_sync();
+    }
+    copy_step(0);
+    if constexpr (kFirst) load_first_input();
+    if constexpr (kProject) {
+      FCM_UNROLL
+      for (int py = 0; py < P; ++py)
+        FCM_UNROLL
+        for (int ng = 0; ng < kWarpGroupsN; ++ng)
+          FCM_UNROLL
+          for (int j = 0; j < kBlocks8; ++j)
+            FCM_UNROLL
+            for (int i = 0; i < 4; ++i) sums[py][ng][j][i] = 0;
+    }
+    if constexpr (kAhead > 0) {
+      copy_async_wait<1>();
+      block_sync();
+      first_to_halo(0);
+    }
+    for (int step = 0; step < steps + kLag; ++step) {
+      copy_async_wait<0>();
+      block_sync();
+      copy_step(step + 1);
+      if (kAhead > 0 && step + 1 < steps) first_to_halo(step + 1);
+      if constexpr (!kStreams)
+        if (step < steps) produce(step);
+      if constexpr (kExchanges)
+        if (step >= kLag) project_exchanged(step - kLag);
+    }
+    if constexpr (S.tile.split > 1)
+      reduce_and_store();
+    else if constexpr (kProject)
+      store_all();
+  }
+};
+
+template <class C>
+FCM_DEVICE void run_module(const Params& p) {
+  Module<C> module(p);
+  module.run();
+}
+
+}  // namespace fcm
+
+// Defines the kernel fcm_module(Params) for the Spec that the constexpr function MAKE returns. Where split > 1 the kernel
+// carries its cluster's size, so that a plain launch does.
+#define FCM_MODULE(MAKE)                                                                  \
+  struct fcm_config {                                                                     \
+    static constexpr fcm::Spec spec = MAKE();                                             \
+    static_assert(fcm::illegal(spec) == nullptr, "the library checks a Spec before use"); \
+  };                                                                                      \
+  FCM_KERNEL(fcm_module, fcm_config::spec, fcm::run_module<fcm_config>)

@@ -1,0 +1,202 @@
+// Everything the kernels ask of the machine: indices, barriers, asynchronous copies, tensor-core products, packed half
+// arithmetic, clusters. All PTX stands here, and no CUDA header is needed (NVRTC comes with none). primitives_cpu.h
+// implements the same names on the CPU, where the kernels' own source runs under sanitizers.
+#pragma once
+
+#ifdef FCM_CPU
+#include "primitives_cpu.h"
+#else
+
+#define FCM_DEVICE __device__ __forceinline__
+#define FCM_UNROLL _Pragma("unroll")
+
+namespace fcm {
+
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+struct alignas(16) Vec {  // 16 bytes: lane_channels() channels of one pixel
+  u32 r[4];
+};
+struct alignas(8) HalfVec {
+  u32 r[2];
+};
+
+FCM_DEVICE int thread_index() { return threadIdx.x; }
+FCM_DEVICE int block_x() { return blockIdx.x; }
+FCM_DEVICE int block_y() { return blockIdx.y; }
+FCM_DEVICE int block_z() { return blockIdx.z; }
+FCM_DEVICE void block_sync() { __syncthreads(); }
+
+FCM_DEVICE char* shared_memory() {
+  extern __shared__ __align__(128) char fcm_shared[];
+  return fcm_shared;
+}
+
+FCM_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
+FCM_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
+
+// ---- Asynchronous copies to shared memory (plain ones before sm_80) ---------------------------------------------------
+
+// 16 bytes; zeros if not `valid`.
+FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
+#if __CUDA_ARCH__ >= 800
+  const u32 address = (u32)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
+#else
+  *(Vec*)shared = valid ? *(const Vec*)global : Vec{};
+#endif
+}
+FCM_DEVICE void copy_async_commit() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int PENDING>
+FCM_DEVICE void copy_async_wait() {
+#if __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// ---- Clusters (sm_90 and later): their blocks lie along z --------------------------------------------------------------
+
+FCM_DEVICE void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// 16 bytes from the same place in the shared memory of block `rank` of the cluster.
+FCM_DEVICE Vec cluster_load(const void* shared, int rank) {
+  Vec v{};
+#if __CUDA_ARCH__ >= 900
+  u32 remote;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"((u32)__cvta_generic_to_shared(shared)), "r"(rank));
+  asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.r[0]), "=r"(v.r[1]), "=r"(v.r[2]), "=r"(v.r[3])
+               : "r"(remote)
+               : "memory");
+#else
+  (void)shared, (void)rank;
+#endif
+  return v;
+}
+
+// ---- Half precision: two packed in 32 bits, the first in the low half ---------------------------------------------------
+
+FCM_DEVICE u32 half2_pack(float low, float high) {
+  u32 d;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+#else
+  unsigned short l, h;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(l) : "f"(low));
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(high));
+  d = (u32)l | ((u32)h << 16);
+#endif
+  return d;
+}
+FCM_DEVICE float half_float(unsigned short x) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
+  return f;
+}
+FCM_DEVICE float half2_low(u32 x) { return half_float((unsigned short)(x & 0xffff)); }
+FCM_DEVICE float half2_high(u32 x) { return half_float((unsigned short)(x >> 16)); }
+FCM_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+FCM_DEVICE u32 half2_max(u32 a, u32 b) {
+  u32 d;
+#if __CUDA_ARCH__ >= 800
+  asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else
+  d = half2_pack(fmaxf(half2_low(a), half2_low(b)), fmaxf(half2_high(a), half2_high(b)));
+#endif
+  return d;
+}
+FCM_DEVICE u32 half2_min(u32 a, u32 b) {
+  u32 d;
+#if __CUDA_ARCH__ >= 800
+  asm("min.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else
+  d = half2_pack(fminf(half2_low(a), half2_low(b)), fminf(half2_high(a), half2_high(b)));
+#endif
+  return d;
+}
+
+// ---- Tensor-core products: c[16 x 8] += a * b, operands as the hardware lays them over the lanes of a warp -----------------
+
+// a is 16 x 16, b 16 x 8, both half.
+FCM_DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(b0));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a2), "r"(a3), "r"(b1));
+#endif
+}
+
+// a is 16 x 8, b 8 x 8, both float rounded to TF32; before sm_80, exact float products over shuffles.
+FCM_DEVICE void mma_tf32(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+  const int lane = threadIdx.x % 32, column = lane % 4 * 8;
+  for (int k = 0; k < 8; ++k) {
+    const int row_lane = (lane & ~3) | (k & 3);
+    const float x0 = bits_float(__shfl_sync(~0u, k < 4 ? a0 : a2, row_lane));
+    const float x1 = bits_float(__shfl_sync(~0u, k < 4 ? a1 : a3, row_lane));
+    const float y0 = bits_float(__shfl_sync(~0u, k < 4 ? b0 : b1, column + (k & 3)));
+    const float y1 = bits_float(__shfl_sync(~0u, k < 4 ? b0 : b1, column + 4 + (k & 3)));
+    c[0] += x0 * y0, c[1] += x0 * y1, c[2] += x1 * y0, c[3] += x1 * y1;
+  }
+#endif
+}
+
+FCM_DEVICE u32 round_tf32(float x) {
+#if __CUDA_ARCH__ >= 800
+  u32 d;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(d) : "f"(x));
+  return d;
+#else
+  return float_bits(x);
+#endif
+}
+
+// ---- Mathematics ------------------------------------------------------------------------------------------------------
+
+FCM_DEVICE float fast_exp(float x) { return __expf(x); }
+FCM_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
+FCM_DEVICE float tanh(float x) { return ::tanhf(x); }
+FCM_DEVICE float erf(float x) { return ::erff(x); }
+FCM_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+FCM_DEVICE float minimum(float a, float b) { return fminf(a, b); }
+
+}  // namespace fcm
+
+// The blocks of a cluster share out the middle channels of one tile.
+#if __CUDA_ARCH__ >= 900
+#define FCM_CLUSTER(SPLIT) __cluster_dims__(1, 1, SPLIT)
+#else
+#define FCM_CLUSTER(SPLIT)
+#endif
+
+#define FCM_KERNEL(NAME, SPEC, BODY)                                                                       \
+  extern "C" __global__ void __launch_bounds__(fcm::threads(SPEC), (SPEC).tile.blocks)                     \
+      FCM_CLUSTER((SPEC).tile.split) NAME(const __grid_constant__ fcm::Params p) {                         \
+    BODY(p);                                                                                               \
+  }
+
+#endif

@@ -1,0 +1,285 @@
+// The primitives of primitives.cuh on the CPU, for tests: each CUDA thread is a fiber, switched where threads wait for
+// one another. Shared memory starts as NaN, asynchronous copies happen no sooner than they are waited for, and the order
+// of threads between barriers is random, so that what only luck makes right shows.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "half.h"
+#include "spec.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define FCM_DEVICE inline
+#define FCM_UNROLL
+#define __align__(n) alignas(n)
+
+namespace fcm {
+
+using u32 = std::uint32_t;
+using u64 = std::uint64_t;
+
+struct alignas(16) Vec {
+  u32 r[4];
+};
+struct alignas(8) HalfVec {
+  u32 r[2];
+};
+
+namespace cpu {
+
+struct Gate {  // a barrier that can be used again
+  int expected = 0, arrived = 0;
+  unsigned generation = 0;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool valid;
+};
+
+struct Warp {
+  Gate gate;
+  u32 a[32][4], b[32][2];
+};
+
+struct Block {
+  int x, y, z;
+  char* shared;
+  Gate gate;
+  std::vector<Warp> warps;
+};
+
+struct Fiber {
+  ucontext_t context;
+  char* stack;
+  bool done;
+  int thread;
+  Block* block;
+  std::vector<std::vector<Copy>> copies;  // by commit; the last is still open
+  void* fake_stack;
+};
+
+constexpr std::size_t kStack = 1 << 18;
+
+struct Machine {
+  ucontext_t scheduler;
+  Fiber* current = nullptr;
+  std::vector<std::unique_ptr<Block>> blocks;  // of the cluster that runs
+  Gate cluster;
+  std::function<void()> kernel;
+  long progress = 0;
+  void* fake_stack = nullptr;
+  const void* scheduler_stack = nullptr;
+  std::size_t scheduler_size = 0;
+};
+inline Machine machine;
+
+inline void leave(Fiber& f, bool last) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(last ? nullptr : &f.fake_stack, machine.scheduler_stack, machine.scheduler_size);
+#endif
+  (void)last;
+  swapcontext(&f.context, &machine.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(f.fake_stack, nullptr, nullptr);
+#endif
+}
+
+inline void pass(Gate& g) {
+  const unsigned generation = g.generation;
+  ++machine.progress;
+  if (++g.arrived == g.expected) {
+    g.arrived = 0, ++g.generation;
+    return;
+  }
+  Fiber& self = *machine.current;
+  while (g.generation == generation) leave(self, false);
+}
+
+inline void enter() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &machine.scheduler_stack, &machine.scheduler_size);
+#endif
+  machine.kernel();
+  machine.current->done = true;
+  ++machine.progress;
+  leave(*machine.current, true);
+}
+
+// Runs `kernel` on a grid; shared memory is exactly as large as the launch says.
+inline void run_grid(const Launch& l, unsigned seed, std::function<void()> kernel) {
+  machine.kernel = std::move(kernel);
+  std::mt19937 random(seed);
+  const int fibers = l.threads * l.cluster_z;
+  std::unique_ptr<char[]> stacks(new char[kStack * fibers]);
+  for (long long x = 0; x < l.grid_x; ++x)
+    for (int y = 0; y < l.grid_y; ++y) {
+      std::vector<std::unique_ptr<Fiber>> all;
+      std::vector<Fiber*> live;
+      machine.blocks.clear();
+      machine.cluster = Gate{fibers, 0, 0};
+      for (int z = 0; z < l.cluster_z; ++z) {
+        auto block = std::make_unique<Block>();
+        block->x = (int)x, block->y = y, block->z = z;
+        block->shared = (char*)std::aligned_alloc(128, (l.shared_bytes + 127) / 128 * 128 + 128);
+        std::memset(block->shared, 0xff, l.shared_bytes);
+        block->gate.expected = l.threads;
+        block->warps.resize(l.threads / 32);
+        for (Warp& w : block->warps) w.gate.expected = 32;
+        for (int t = 0; t < l.threads; ++t) {
+          auto f = std::make_unique<Fiber>();
+          f->stack = stacks.get() + kStack * all.size();
+          f->done = false, f->thread = t, f->block = block.get(), f->copies.resize(1), f->fake_stack = nullptr;
+          getcontext(&f->context);
+          f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = kStack, f->context.uc_link = nullptr;
+          makecontext(&f->context, (void (*)())enter, 0);
+          live.push_back(f.get());
+          all.push_back(std::move(f));
+        }
+        machine.blocks.push_back(std::move(block));
+      }
+      while (!live.empty()) {
+        const long before = machine.progress;
+        for (std::size_t i = live.size() - 1; i > 0; --i) std::swap(live[i], live[random() % (i + 1)]);
+        for (Fiber* f : live) {
+          machine.current = f;
+#if defined(__SANITIZE_ADDRESS__)
+          __sanitizer_start_switch_fiber(&machine.fake_stack, f->stack, kStack);
+#endif
+          swapcontext(&machine.scheduler, &f->context);
+#if defined(__SANITIZE_ADDRESS__)
+          __sanitizer_finish_switch_fiber(machine.fake_stack, nullptr, nullptr);
+#endif
+        }
+        std::vector<Fiber*> still;
+        for (Fiber* f : live)
+          if (!f->done) still.push_back(f);
+        live.swap(still);
+        if (machine.progress == before) {
+          std::fprintf(stderr, "threads wait for one another for ever\n");
+          std::abort();
+        }
+      }
+      for (auto& b : machine.blocks) std::free(b->shared);
+    }
+}
+
+inline Fiber& self() { return *machine.current; }
+inline Warp& warp() { return self().block->warps[self().thread / 32]; }
+inline int lane() { return self().thread % 32; }
+
+inline void publish(u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  Warp& w = warp();
+  const u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
+  std::memcpy(w.a[lane()], a, sizeof a);
+  std::memcpy(w.b[lane()], b, sizeof b);
+  pass(w.gate);
+}
+
+}  // namespace cpu
+
+FCM_DEVICE int thread_index() { return cpu::self().thread; }
+FCM_DEVICE int block_x() { return cpu::self().block->x; }
+FCM_DEVICE int block_y() { return cpu::self().block->y; }
+FCM_DEVICE int block_z() { return cpu::self().block->z; }
+FCM_DEVICE void block_sync() { cpu::pass(cpu::self().block->gate); }
+FCM_DEVICE char* shared_memory() { return cpu::self().block->shared; }
+
+FCM_DEVICE float bits_float(u32 x) {
+  float f;
+  std::memcpy(&f, &x, 4);
+  return f;
+}
+FCM_DEVICE u32 float_bits(float x) {
+  u32 u;
+  std::memcpy(&u, &x, 4);
+  return u;
+}
+
+FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
+  cpu::self().copies.back().push_back({shared, global, valid});
+}
+FCM_DEVICE void copy_async_commit() { cpu::self().copies.emplace_back(); }
+template <int PENDING>
+FCM_DEVICE void copy_async_wait() {
+  auto& copies = cpu::self().copies;
+  while (copies.size() > PENDING + 1) {
+    for (const cpu::Copy& c : copies.front()) {
+      if (c.valid)
+        *(Vec*)c.to = *(const Vec*)c.from;
+      else
+        *(Vec*)c.to = Vec{};
+    }
+    copies.erase(copies.begin());
+  }
+}
+
+FCM_DEVICE void cluster_sync() { cpu::pass(cpu::machine.cluster); }
+FCM_DEVICE Vec cluster_load(const void* shared, int rank) {
+  return *(const Vec*)(cpu::machine.blocks[rank]->shared + ((const char*)shared - shared_memory()));
+}
+
+FCM_DEVICE u32 half2_pack(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
+FCM_DEVICE float half_float(unsigned short x) { return half_to_float(x); }
+FCM_DEVICE float half2_low(u32 x) { return half_to_float((std::uint16_t)(x & 0xffff)); }
+FCM_DEVICE float half2_high(u32 x) { return half_to_float((std::uint16_t)(x >> 16)); }
+FCM_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
+  return half2_pack(half2_low(a) * half2_low(b) + half2_low(c), half2_high(a) * half2_high(b) + half2_high(c));
+}
+FCM_DEVICE float maximum(float a, float b) { return std::fmax(a, b); }
+FCM_DEVICE float minimum(float a, float b) { return std::fmin(a, b); }
+FCM_DEVICE u32 half2_max(u32 a, u32 b) {
+  return half2_pack(maximum(half2_low(a), half2_low(b)), maximum(half2_high(a), half2_high(b)));
+}
+FCM_DEVICE u32 half2_min(u32 a, u32 b) {
+  return half2_pack(minimum(half2_low(a), half2_low(b)), minimum(half2_high(a), half2_high(b)));
+}
+
+FCM_DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  cpu::publish(a0, a1, a2, a3, b0, b1);
+  const cpu::Warp& w = cpu::warp();
+  const auto half = [](u32 pair, int i) { return i % 2 ? half2_high(pair) : half2_low(pair); };
+  for (int i = 0; i < 4; ++i) {
+    const int row = cpu::lane() / 4, column = cpu::lane() % 4 * 2 + i % 2;
+    for (int k = 0; k < 16; ++k) {
+      const float x = half(w.a[row * 4 + k % 8 / 2][k / 8 * 2 + i / 2], k);
+      c[i] += x * half(w.b[column * 4 + k % 8 / 2][k / 8], k);
+    }
+  }
+  cpu::pass(cpu::warp().gate);
+}
+FCM_DEVICE void mma_tf32(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  cpu::publish(a0, a1, a2, a3, b0, b1);
+  const cpu::Warp& w = cpu::warp();
+  for (int i = 0; i < 4; ++i) {
+    const int row = cpu::lane() / 4, column = cpu::lane() % 4 * 2 + i % 2;
+    for (int k = 0; k < 8; ++k) {
+      const u32 mask = ~0x1fffu;  // the hardware reads no more than TF32's bits
+      const float x = bits_float(w.a[row * 4 + k % 4][k / 4 * 2 + i / 2] & mask);
+      c[i] += x * bits_float(w.b[column * 4 + k % 4][k / 4] & mask);
+    }
+  }
+  cpu::pass(cpu::warp().gate);
+}
+FCM_DEVICE u32 round_tf32(float x) { return float_bits(round_to_tf32(x)); }
+
+FCM_DEVICE float fast_exp(float x) { return std::exp(x); }
+FCM_DEVICE float fast_divide(float a, float b) { return a / b; }
+FCM_DEVICE float tanh(float x) { return std::tanh(x); }
+FCM_DEVICE float erf(float x) { return std::erf(x); }
+
+}  // namespace fcm

@@ -1,0 +1,285 @@
+// What one fused module computes and how it is tiled, as plain constants. The kernels are compiled for one Spec; the
+// library fills the same struct at run time to validate a node, pack its weights and size its launch. So each fact about
+// a module's geometry is computed in one place, here. C++17, no headers: both NVRTC and a host compiler read it.
+//
+// A module is [first] -> [depthwise] -> [project], each part optional:
+//   first      pointwise (1x1) or a small dense convolution, c_in -> c_mid   (only in front of another part)
+//   depthwise  c_mid -> c_mid
+//   project    pointwise or dense convolution, c_mid -> c_out                (dense only when it stands alone)
+// A single pointwise or dense convolution is a `project`; then c_mid = c_in.
+#pragma once
+
+namespace fcm {
+
+enum class Type : int { float16 = 0, tf32 = 1, float32 = 2 };  // storage is half, float, float
+
+enum class Dense : int { none = 0, pointwise = 1, convolution = 2 };  // convolution: gathered as an implicit GEMM
+
+enum class Activation : int {
+  none = 0,
+  relu = 1,
+  clip = 2,         // min(max(x, alpha), beta)
+  hardswish = 3,    // x * min(max(x / 6 + 1 / 2, 0), 1)
+  silu = 4,         // x * sigmoid(x)
+  hardsigmoid = 5,  // min(max(alpha * x + beta, 0), 1)
+  sigmoid = 6,
+  gelu = 7,         // x / 2 * (1 + erf(x / sqrt(2)))
+  gelu_tanh = 8,    // the tanh approximation
+  leakyrelu = 9,    // x < 0 ? alpha * x : x
+  prelu = 10,       // x < 0 ? slope[channel] * x : x
+  tanh = 11,
+};
+
+struct Act {
+  Activation kind = Activation::none;
+  float alpha = 0, beta = 0;
+};
+
+struct Window {
+  int kernel_h = 1, kernel_w = 1, stride_h = 1, stride_w = 1, dilation_h = 1, dilation_w = 1;
+  int pad_top = 0, pad_left = 0, pad_bottom = 0, pad_right = 0;
+};
+
+// How the work is cut. The names are the keys of the node's attribute `tile`. Without a depthwise a thread block has
+// 16 * patch_h * warps_m consecutive pixels, and tile_h, tile_w and images are not used.
+struct Tile {
+  int tile_h = 8, tile_w = 8;  // output pixels of a thread block
+  int images = 1;              // images of a thread block (more than 1 only when a tile covers the whole output map)
+  int patch_h = 1;             // a thread computes patches of patch_h x 2 output pixels
+  int chunk = 32;              // middle channels a step, a multiple of group()
+  int warps_m = 4;             // warps along pixels: each has 8 patches
+  int warps_n = 1;             // warps along output channels
+  int block_n = 0;             // output channels a thread block computes; 0: all
+  int split = 1;               // thread blocks of a cluster that share the middle channels (sm_90 and later)
+  int blocks = 1;              // thread blocks an SM should hold: bounds the registers of a thread
+};
+
+struct Spec {
+  Type type = Type::float16;
+  Dense first = Dense::none;
+  bool depthwise = false;
+  Dense project = Dense::none;
+  int c_in = 0, c_mid = 0, c_out = 0;
+  Window first_window, depthwise_window, project_window;
+  Act first_act, depthwise_act, project_act;  // each after its own bias
+  bool residual = false;                      // Y = output_act(last_act(...) + R)
+  Act output_act;                             // only with a residual
+  bool input_nchw = false, output_nchw = false;  // X (or Y and R) is NCHW instead of NHWC
+  Tile tile;
+};
+
+// Run-time arguments of a kernel. Sizes are in pixels; weights as packed by pack.h.
+struct Params {
+  const void* x;
+  void* y;
+  const void* residual;
+  const void* first_weight;
+  const float* first_bias;
+  const void* depthwise_weight;
+  const float* depthwise_bias;
+  const void* project_weight;
+  const float* project_bias;
+  const float* first_slope;  // PRelu only, as are the next two
+  const float* depthwise_slope;
+  const float* project_slope;
+  int batch, in_h, in_w, mid_h, mid_w, out_h, out_w, tiles_x, tiles_y;
+};
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
+constexpr int max(int a, int b) { return a > b ? a : b; }
+constexpr int min(int a, int b) { return a < b ? a : b; }
+
+constexpr int element_bytes(Type t) { return t == Type::float16 ? 2 : 4; }
+
+// Channels of a group: 64 bytes, of which each of the four lanes that share a pixel owns 16 contiguous bytes.
+constexpr int group(Type t) { return 64 / element_bytes(t); }
+constexpr int lane_channels(Type t) { return 16 / element_bytes(t); }
+
+// Pixels of output along one axis, for n of input. 64-bit: the caller validates before narrowing.
+constexpr long long window_out(long long n, int kernel, int stride, int dilation, int pad_before, int pad_after) {
+  const long long reach = n + pad_before + pad_after - ((long long)dilation * (kernel - 1) + 1);
+  return reach < 0 ? 0 : reach / stride + 1;
+}
+
+// ---- Threads ---------------------------------------------------------------------------------------------------------
+
+constexpr int warps(const Spec& s) { return s.tile.warps_m * s.tile.warps_n; }
+constexpr int threads(const Spec& s) { return 32 * warps(s); }
+
+// ---- Channels --------------------------------------------------------------------------------------------------------
+// Tensor-core products take a group of channels in two steps. The channels of `first`'s input and of the output may end
+// in half a group, of which each lane owns half of lane_channels(); the middle channels are whole groups.
+
+constexpr int half_group(const Spec& s) { return group(s.type) / 2; }
+constexpr int dense_depth(Dense kind, const Window& w, int channels) {
+  return kind == Dense::convolution ? w.kernel_h * w.kernel_w * channels : channels;
+}
+constexpr int first_depth(const Spec& s) { return dense_depth(s.first, s.first_window, s.c_in); }
+constexpr int first_steps(const Spec& s) { return ceil_div(first_depth(s), half_group(s)); }
+// The depth of `project` (its reduction), and the middle channels of a module without one.
+constexpr int middle_channels(const Spec& s) {
+  return s.project == Dense::convolution ? dense_depth(s.project, s.project_window, s.c_in) : s.c_mid;
+}
+constexpr int middle_groups(const Spec& s) { return ceil_div(middle_channels(s), group(s.type)); }
+constexpr int chunk_groups(const Spec& s) { return s.tile.chunk / group(s.type); }
+constexpr int chunks(const Spec& s) { return ceil_div(middle_groups(s), chunk_groups(s)); }
+
+constexpr bool has_project(const Spec& s) { return s.project != Dense::none; }
+constexpr int padded_out(const Spec& s) {
+  return has_project(s) ? round_up(s.c_out, half_group(s)) : middle_groups(s) * group(s.type);
+}
+constexpr int block_n(const Spec& s) {
+  return s.tile.block_n && s.tile.block_n < padded_out(s) ? s.tile.block_n : padded_out(s);
+}
+constexpr int blocks_n(const Spec& s) { return ceil_div(padded_out(s), block_n(s)); }
+// Groups of output channels of a warp.
+constexpr int warp_groups_n(const Spec& s) { return ceil_div(ceil_div(block_n(s), group(s.type)), s.tile.warps_n); }
+
+// ---- Pixels ----------------------------------------------------------------------------------------------------------
+// With a depthwise, a thread block has images x tile_h x tile_w output pixels, and the middle tensor of its halo region
+// in shared memory. Without one, it has 16 * patch_h * warps_m consecutive pixels of the flattened N x OH x OW.
+
+constexpr int patches_x(const Spec& s) { return s.tile.tile_w / 2; }
+constexpr int patches(const Spec& s) { return s.tile.tile_h / s.tile.patch_h * patches_x(s); }
+constexpr int flat_pixels(const Spec& s) { return 16 * s.tile.patch_h * s.tile.warps_m; }
+constexpr int halo(int pixels, int kernel, int stride, int dilation) {
+  return (pixels - 1) * stride + (kernel - 1) * dilation + 1;
+}
+constexpr int halo_h(const Spec& s) {
+  const Window& w = s.depthwise_window;
+  return halo(s.tile.tile_h, w.kernel_h, w.stride_h, w.dilation_h);
+}
+constexpr int halo_w(const Spec& s) {
+  const Window& w = s.depthwise_window;
+  return halo(s.tile.tile_w, w.kernel_w, w.stride_w, w.dilation_w);
+}
+constexpr int halo_pitch(const Spec& s) { return round_up(halo_w(s), 2); }
+// 16-pixel tiles of `first` that a warp computes.
+constexpr int first_tiles(const Spec& s) {
+  return s.depthwise ? ceil_div(ceil_div(s.tile.images * halo_h(s) * halo_w(s), 16), warps(s)) : s.tile.patch_h;
+}
+constexpr bool first_in_registers(const Spec& s) { return first_tiles(s) * first_steps(s) * 4 <= 48; }
+// Whether 16 bytes of X's channels can be loaded at once.
+constexpr bool vector_input(const Spec& s) { return !s.input_nchw && s.c_in % lane_channels(s.type) == 0; }
+// A lone pointwise whose input fragments are copied asynchronously.
+constexpr bool streams_input(const Spec& s) {
+  return s.first == Dense::none && !s.depthwise && s.project == Dense::pointwise && vector_input(s);
+}
+// Whether what feeds `project` passes between warps through shared memory.
+constexpr bool exchanges(const Spec& s) {
+  return has_project(s) && (streams_input(s) || s.tile.warps_n > 1);
+}
+
+// ---- Shared memory, in bytes ------------------------------------------------------------------------------------------
+
+constexpr int kFragment = 512;  // 32 lanes x 16 bytes: one operand row block of a group
+
+constexpr int halo_plane_bytes(const Spec& s) {  // the halo region of one group, and a slot that swallows what is outside
+  return s.tile.images * halo_h(s) * halo_pitch(s) * 64 + 128;
+}
+constexpr int halo_bytes(const Spec& s) { return s.depthwise ? chunk_groups(s) * halo_plane_bytes(s) : 0; }
+constexpr int first_input_bytes(const Spec& s) {
+  return s.first == Dense::none || first_in_registers(s)
+             ? 0
+             : warps(s) * first_tiles(s) * ceil_div(first_steps(s), 2) * 2 * kFragment;
+}
+constexpr int first_group_bytes(const Spec& s) { return group(s.type) / 8 * first_steps(s) * 256; }
+constexpr int depthwise_tap_bytes(const Spec&) { return 64; }
+constexpr int depthwise_taps(const Spec& s) { return s.depthwise_window.kernel_h * s.depthwise_window.kernel_w; }
+constexpr int depthwise_group_bytes(const Spec& s) { return depthwise_taps(s) * depthwise_tap_bytes(s); }
+constexpr int vectors_group_bytes(const Spec& s, const Act& act) {  // bias, and slope of a PRelu
+  return group(s.type) * 4 * (act.kind == Activation::prelu ? 2 : 1);
+}
+constexpr int first_chunk_bytes(const Spec& s) {
+  return s.first == Dense::none
+             ? 0
+             : chunk_groups(s) * (first_group_bytes(s) + vectors_group_bytes(s, s.first_act));
+}
+constexpr int depthwise_chunk_bytes(const Spec& s) {
+  return s.depthwise ? chunk_groups(s) * (depthwise_group_bytes(s) + vectors_group_bytes(s, s.depthwise_act)) : 0;
+}
+constexpr int project_chunk_bytes(const Spec& s) {
+  return has_project(s) ? chunk_groups(s) * (block_n(s) / 8) * kFragment : 0;
+}
+constexpr int exchange_bytes(const Spec& s) {
+  return exchanges(s) ? s.tile.warps_m * chunk_groups(s) * s.tile.patch_h * 2 * kFragment : 0;
+}
+constexpr int reduction_bytes(const Spec& s) {
+  return s.tile.split > 1 ? warps(s) * s.tile.patch_h * warp_groups_n(s) * (group(s.type) / 8) * kFragment : 0;
+}
+// Everything that is written while something else is read has two buffers. The reduction comes after all of it.
+constexpr int shared_bytes(const Spec& s) {
+  return max(first_input_bytes(s) + 2 * (halo_bytes(s) + first_chunk_bytes(s) + depthwise_chunk_bytes(s) +
+                                         project_chunk_bytes(s) + exchange_bytes(s)),
+             reduction_bytes(s));
+}
+
+// ---- Launch ----------------------------------------------------------------------------------------------------------
+
+struct Launch {
+  long long grid_x;  // tiles, then images
+  int grid_y, grid_z, threads, cluster_z, shared_bytes;
+  int mid_h, mid_w, out_h, out_w, tiles_x, tiles_y;
+};
+
+// The launch for X of `batch` images of h x w pixels. A side that the windows leave nothing of is 0.
+constexpr Launch launch(const Spec& s, long long batch, long long h, long long w) {
+  Launch l{};
+  const Window& f = s.first != Dense::none ? s.first_window : s.project_window;
+  const bool dense_first = s.first != Dense::none;
+  long long mid_h = h, mid_w = w;
+  if (dense_first || !s.depthwise) {
+    mid_h = window_out(h, f.kernel_h, f.stride_h, f.dilation_h, f.pad_top, f.pad_bottom);
+    mid_w = window_out(w, f.kernel_w, f.stride_w, f.dilation_w, f.pad_left, f.pad_right);
+  }
+  long long out_h = mid_h, out_w = mid_w;
+  if (s.depthwise) {
+    const Window& d = s.depthwise_window;
+    out_h = window_out(mid_h, d.kernel_h, d.stride_h, d.dilation_h, d.pad_top, d.pad_bottom);
+    out_w = window_out(mid_w, d.kernel_w, d.stride_w, d.dilation_w, d.pad_left, d.pad_right);
+  }
+  l.mid_h = (int)mid_h, l.mid_w = (int)mid_w, l.out_h = (int)out_h, l.out_w = (int)out_w;
+  if (s.depthwise) {
+    l.tiles_x = ceil_div(l.out_w, s.tile.tile_w), l.tiles_y = ceil_div(l.out_h, s.tile.tile_h);
+    l.grid_x = (long long)l.tiles_x * l.tiles_y * ((batch + s.tile.images - 1) / s.tile.images);
+  } else {
+    l.tiles_x = l.tiles_y = 1;
+    l.grid_x = (batch * out_h * out_w + flat_pixels(s) - 1) / flat_pixels(s);
+  }
+  l.grid_y = blocks_n(s), l.grid_z = l.cluster_z = s.tile.split;
+  l.threads = threads(s), l.shared_bytes = shared_bytes(s);
+  return l;
+}
+
+// Why the kernels cannot run this Spec, or nullptr. Shared memory against a device's limit is the caller's to check.
+constexpr const char* illegal(const Spec& s) {
+  const Tile& t = s.tile;
+  if (s.c_in <= 0 || s.c_mid <= 0 || s.c_out <= 0) return "channel counts must be positive";
+  if (s.first == Dense::none && !s.depthwise && !has_project(s)) return "a module needs a stage";
+  if (s.first != Dense::none && !s.depthwise && !has_project(s)) return "a lone convolution is a project";
+  if (s.project == Dense::convolution && (s.first != Dense::none || s.depthwise))
+    return "a dense convolution must come first";
+  if (s.first == Dense::none && s.c_mid != s.c_in) return "without a first stage the middle channels are the input's";
+  if (!has_project(s) && s.c_mid != s.c_out) return "without a project the middle channels are the output's";
+  if (t.chunk <= 0 || t.chunk % group(s.type)) return "chunk must be a multiple of a group of channels";
+  if (t.patch_h != 1 && t.patch_h != 2 && t.patch_h != 4) return "patch_h must be 1, 2 or 4";
+  if (t.warps_m < 1 || t.warps_n < 1 || warps(s) > 16) return "a thread block has 1 to 16 warps";
+  if (t.images < 1 || t.tile_h < 1 || t.tile_w < 1 || t.tile_h > 1024 || t.tile_w > 65536 || t.images > 64)
+    return "a tile has at least one image and one pixel";
+  if (s.depthwise && (t.tile_h % t.patch_h || t.tile_w % 2)) return "a tile must be made of whole patches";
+  if (s.depthwise && 8 * t.warps_m < t.images * patches(s)) return "the warps do not cover the tile";
+  if (!s.depthwise && t.images != 1) return "images needs a depthwise";
+  if (t.block_n < 0 || t.block_n % group(s.type)) return "block_n must be a multiple of a group of channels";
+  if (!has_project(s) && block_n(s) % t.chunk && blocks_n(s) > 1) return "block_n must be a multiple of chunk";
+  if (!has_project(s) && t.warps_n != 1) return "warps_n needs a project";
+  if (t.warps_n > 1 && chunk_groups(s) % t.warps_n) return "chunk must have a group for each of warps_n";
+  if (t.split != 1 && t.split != 2 && t.split != 4 && t.split != 8) return "split must be 1, 2, 4 or 8";
+  if (t.split > 1 && !has_project(s)) return "split needs a project";
+  if (t.split > chunks(s)) return "split must not exceed the chunks";
+  if (t.blocks < 1 || t.blocks * threads(s) > 2048) return "blocks times threads must fit an SM";
+  if (t.patch_h * warp_groups_n(s) * group(s.type) / 2 > 168) return "accumulators do not fit the registers";
+  return nullptr;
+}
+
+}  // namespace fcm

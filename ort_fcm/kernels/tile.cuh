@@ -1,0 +1,88 @@
+// Where a thread's pixels are. With a depthwise: the output tile in patches of patch_h x 2 pixels, eight to a warp, and
+// the tile's halo region of the middle tensor in shared memory. Without: consecutive pixels.
+#pragma once
+
+#include "lanes.cuh"
+
+namespace fcm {
+
+struct Pixel {
+  int n, y, x;
+  bool valid;
+};
+
+template <class C>
+struct TilePlace {
+  using L = Lanes<C>;
+  static constexpr Spec S = C::spec;
+  static constexpr Window W = S.depthwise_window;
+  static constexpr int kHaloH = S.depthwise ? halo_h(S) : 1, kPitch = S.depthwise ? halo_pitch(S) : 2;
+  static constexpr int kPatchesX = patches_x(S) > 0 ? patches_x(S) : 1, kPatches = patches(S) > 0 ? patches(S) : 1;
+
+  int image0, y0, x0;                 // of the output tile
+  int top, left, rows, columns;       // the part of the halo region that lies on the middle map, and its place in it
+  int images;                         // images present
+
+  FCM_DEVICE explicit TilePlace(const Params& p) {
+    if constexpr (S.depthwise) {
+      const int tiles = p.tiles_x * p.tiles_y, tile = block_x() % tiles;
+      image0 = block_x() / tiles * S.tile.images;
+      y0 = tile / p.tiles_x * S.tile.tile_h, x0 = tile % p.tiles_x * S.tile.tile_w;
+      images = min(S.tile.images, p.batch - image0);
+      const int ys = y0 * W.stride_h - W.pad_top, xs = x0 * W.stride_w - W.pad_left;
+      top = max(0, -ys), left = max(0, -xs);
+      rows = max(0, min(halo_h(S), p.mid_h - ys) - top), columns = max(0, min(halo_w(S), p.mid_w - xs) - left);
+    } else {
+      image0 = y0 = x0 = top = left = rows = columns = images = 0;
+    }
+  }
+
+  FCM_DEVICE int halo_pixels() const { return images * rows * columns; }
+
+  // The i-th valid pixel of the halo region: its coordinates on the middle map.
+  FCM_DEVICE Pixel halo_pixel(int i) const {
+    const int area = rows * columns, image = i / area, y = i % area / columns, x = i % area % columns;
+    return {image0 + image, y0 * W.stride_h - W.pad_top + top + y, x0 * W.stride_w - W.pad_left + left + x,
+            i < halo_pixels()};
+  }
+  // Its byte offset in a halo plane; the last slot swallows what is not valid.
+  FCM_DEVICE int halo_offset(const Pixel& q) const {
+    if (!q.valid) return halo_plane_bytes(S) - 128;
+    const int y = q.y - (y0 * W.stride_h - W.pad_top), x = q.x - (x0 * W.stride_w - W.pad_left);
+    return ((q.n - image0) * kHaloH + y) * kPitch * 64 + x / 2 * 128 + halo_side(x) * 64;
+  }
+
+  // Two neighbouring pixels share 128 bytes; which comes first alternates such that the patches of neighbouring lanes,
+  // 2 * stride pixels apart, fall on different banks.
+  static constexpr int kShift = W.stride_w == 1 ? 1 : W.stride_w == 2 ? 2 : 31;
+  FCM_DEVICE static constexpr int halo_side(int x) { return (x ^ (x >> kShift)) & 1; }
+
+  // The patch of lane row g of warp `m`, clamped to the tile.
+  struct Patch {
+    int image, y, x;
+    bool valid;
+  };
+  FCM_DEVICE Patch patch(int m) const {
+    const int q = m * 8 + L::row();
+    const bool inside = q < S.tile.images * kPatches;
+    const int r = inside ? q % kPatches : 0;
+    return {inside ? q / kPatches : 0, r / kPatchesX * S.tile.patch_h, r % kPatchesX * 2, inside};
+  }
+
+  // Output pixel `side` (0, 1) of row `py` of the patch of warp `m`.
+  FCM_DEVICE Pixel output_pixel(const Params& p, int m, int py, int side) const {
+    if constexpr (S.depthwise) {
+      const Patch q = patch(m);
+      const int y = y0 + q.y + py, x = x0 + q.x + side;
+      return {image0 + q.image, y, x, q.valid && q.image < images && y < p.out_h && x < p.out_w};
+    } else {
+      const long long i = (long long)block_x() * flat_pixels(S) + (m * S.tile.patch_h + py) * 16 + side * 8 + L::row();
+      const long long area = (long long)p.out_h * p.out_w;
+      const bool valid = i < area * p.batch;
+      const int image = valid ? (int)(i / area) : 0, rest = valid ? (int)(i - image * area) : 0;
+      return {image, rest / p.out_w, rest % p.out_w, valid};
+    }
+  }
+};
+
+}  // namespace fcm
