@@ -1,0 +1,67 @@
+// What a FusedConvModule node says, checked and in plain data: no ONNX Runtime, no CUDA.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "kernels/spec.h"
+
+namespace fcm {
+
+constexpr int kMaxStages = 3;
+
+enum class StageKind { depthwise, pointwise, convolution };
+
+struct Stage {
+  StageKind kind = StageKind::pointwise;
+  Window window;
+  Act act;
+  int in_channels = 0, out_channels = 0;
+  std::vector<float> weight;  // [M, C/group, kH, kW]
+  std::vector<float> bias;    // [M], or empty
+  std::vector<float> slope;   // [M] with PRelu, else empty
+};
+
+struct Module {
+  std::string node;  // its name, for messages
+  bool half = false;
+  std::vector<Stage> stages;
+  bool residual = false;
+  Act output_act;
+  bool input_nchw = false, output_nchw = false;
+  std::string tile;
+};
+
+// A node's attributes as found: those that are absent have no entry.
+using Attribute = std::variant<std::string, std::vector<int64_t>, std::vector<float>>;
+using Attributes = std::map<std::string, Attribute>;
+
+// The names and types of all attributes of the op: the default-constructed alternative tells the type.
+const Attributes& attribute_types();
+
+// Everything the attributes say; channels, weights and `residual` are left for the caller. Throws Error.
+Module read_attributes(const std::string& node, const Attributes& attributes);
+
+// Sets `stage`'s channels from the shape of its weight, given those of the stage before (0: none). Throws Error.
+void set_channels(Stage& stage, int number, const std::vector<int64_t>& weight_shape, int previous_channels);
+
+// Height and width after `stage` for an input of `height` x `width` pixels.
+struct MapSize {
+  int64_t height, width;
+};
+MapSize output_size(const Stage& stage, MapSize input);
+
+// Shapes of a call, all in 64 bits. Throws Error if X does not fit the module.
+struct CallShape {
+  int64_t batch;
+  std::vector<MapSize> sizes;         // of X and after each stage
+  std::vector<int64_t> output_shape;  // of Y, and of R
+};
+CallShape call_shape(const Module& module, const std::vector<int64_t>& x_shape);
+
+std::string shape_text(const std::vector<int64_t>& shape);
+
+}  // namespace fcm

@@ -1,0 +1,188 @@
+#include "node.h"
+
+#include "kernels/half.h"
+
+namespace fcm {
+namespace {
+
+template <class T, class Getter>
+std::vector<T> read_array(Getter get) {
+  size_t size = 0;
+  check(get(nullptr, &size));
+  std::vector<T> values(size);
+  if (size) check(get(values.data(), &size));
+  return values;
+}
+
+std::string read_string(const ort::KernelInfo* info, const char* name) {
+  const auto chars =
+      read_array<char>([&](char* out, size_t* size) { return ort::attribute_string(info, name, out, size); });
+  return chars.empty() ? "" : std::string(chars.data());
+}
+
+// Which getter succeeds tells an attribute's type; none does if the node lacks it.
+Attributes read_all(const ort::KernelInfo* info) {
+  Attributes attributes;
+  for (const auto& [key, type] : attribute_types()) {
+    const char* name = key.c_str();
+    size_t size = 0;
+    float real = 0;
+    int64_t integer = 0;
+    const bool found[] = {
+        ort::succeeded(ort::attribute_string(info, name, nullptr, &(size = 0))),
+        ort::succeeded(ort::attribute_ints(info, name, nullptr, &(size = 0))),
+        ort::succeeded(ort::attribute_floats(info, name, nullptr, &(size = 0))),
+    };
+    if (found[type.index()]) {
+      if (type.index() == 0)
+        attributes[key] = read_string(info, name);
+      else if (type.index() == 1)
+        attributes[key] = read_array<int64_t>(
+            [&](int64_t* out, size_t* count) { return ort::attribute_ints(info, name, out, count); });
+      else
+        attributes[key] =
+            read_array<float>([&](float* out, size_t* count) { return ort::attribute_floats(info, name, out, count); });
+    } else if (found[0] || found[1] || found[2] || ort::succeeded(ort::attribute_float(info, name, &real)) ||
+               ort::succeeded(ort::attribute_int(info, name, &integer))) {
+      const char* const names[] = {"a string", "a list of integers", "a list of floats"};
+      fail("attribute ", name, " is not ", names[type.index()]);
+    }
+  }
+  return attributes;
+}
+
+bool has_input(const ort::KernelInfo* info, size_t index) {
+  size_t count = 0, size = 0;
+  check(ort::input_count(info, &count));
+  if (index >= count) return false;
+  check(ort::input_name(info, index, nullptr, &size));
+  return size > 1;  // with the terminating zero
+}
+
+struct Constant {
+  std::vector<int64_t> shape;
+  std::vector<float> values;
+};
+
+Constant read_constant(const ort::KernelInfo* info, size_t index, bool half, const std::string& name) {
+  int is_constant = 0;
+  const ort::Value* value = nullptr;
+  check(ort::constant_input(info, index, &is_constant, &value));
+  if (!is_constant || !value) fail("the ", name, " is not a constant");
+  Constant constant;
+  constant.shape = tensor_shape(value, half ? ort::kFloat16 : ort::kFloat, name.c_str());
+  int64_t count = 1;
+  for (int64_t dimension : constant.shape) count *= dimension;  // of a tensor in memory: cannot overflow
+  const void* data = tensor_data(value);
+  if (half) {
+    const auto* halves = static_cast<const uint16_t*>(data);
+    constant.values.resize(size_t(count));
+    for (int64_t i = 0; i < count; ++i) constant.values[size_t(i)] = half_to_float(halves[i]);
+  } else {
+    const auto* floats = static_cast<const float*>(data);
+    constant.values.assign(floats, floats + count);
+  }
+  return constant;
+}
+
+std::vector<float> read_vector(const ort::KernelInfo* info, size_t index, bool half, const std::string& name,
+                               int length) {
+  Constant constant = read_constant(info, index, half, name);
+  if (constant.shape != std::vector<int64_t>{length})
+    fail("the ", name, " has shape ", shape_text(constant.shape), " instead of [", length, "]");
+  return std::move(constant.values);
+}
+
+}  // namespace
+
+void check(ort::Status* status) {
+  if (!status) return;
+  const std::string message = ort::error_message(status);
+  ort::release_status(status);
+  throw Error(message);
+}
+
+std::string node_name(const ort::KernelInfo* info) {
+  size_t size = 0;
+  if (!ort::succeeded(ort::node_name(info, nullptr, &size)) || !size) return "";
+  std::string name(size, '\0');
+  if (!ort::succeeded(ort::node_name(info, name.data(), &size))) return "";
+  return name.c_str();
+}
+
+Module read_node(const ort::KernelInfo* info, bool half) {
+  Module module = read_attributes(node_name(info), read_all(info));
+  module.half = half;
+  module.residual = has_input(info, kResidualInput);
+  int channels = 0;
+  for (size_t i = 0; i < kMaxStages; ++i) {
+    const std::string of_stage = text(" of stage ", i + 1);
+    if (i >= module.stages.size()) {
+      if (has_input(info, weight_input(i)) || has_input(info, bias_input(i)) || has_input(info, slope_input(i)))
+        fail("inputs are given for stage ", i + 1, ", but there are only ", module.stages.size(), " stages");
+      continue;
+    }
+    Stage& stage = module.stages[i];
+    if (!has_input(info, weight_input(i))) fail("the weight", of_stage, " is missing");
+    Constant weight = read_constant(info, weight_input(i), half, "weight" + of_stage);
+    set_channels(stage, int(i) + 1, weight.shape, channels);
+    stage.weight = std::move(weight.values);
+    channels = stage.out_channels;
+    if (has_input(info, bias_input(i)))
+      stage.bias = read_vector(info, bias_input(i), half, "bias" + of_stage, channels);
+    const bool prelu = stage.act.kind == Activation::prelu;
+    if (prelu != has_input(info, slope_input(i)))
+      fail("the slope", of_stage, prelu ? " is missing" : " is given, but its activation is not prelu");
+    if (prelu) stage.slope = read_vector(info, slope_input(i), half, "slope" + of_stage, channels);
+  }
+  if (!module.residual && module.output_act.kind != Activation::none)
+    fail("output_activation is given without the residual input R");
+  return module;
+}
+
+std::vector<int64_t> tensor_shape(const ort::Value* value, ort::ElementType type, const char* name) {
+  ort::TensorInfo* info = nullptr;
+  check(ort::tensor_info(value, &info));
+  size_t rank = 0;
+  int found = 0;
+  bool ok = ort::succeeded(ort::dimension_count(info, &rank)) && ort::succeeded(ort::element_type(info, &found));
+  std::vector<int64_t> shape(rank);
+  if (rank) ok = ok && ort::succeeded(ort::dimensions(info, shape.data(), rank));
+  ort::release_tensor_info(info);
+  if (!ok || found != type) fail("the ", name, " is not a tensor of the node's type");
+  return shape;
+}
+
+const void* tensor_data(const ort::Value* value) {
+  void* data = nullptr;
+  check(ort::tensor_data(const_cast<ort::Value*>(value), &data));
+  return data;
+}
+
+CallInputs call_inputs(const Module& module, const ort::KernelContext* context) {
+  const ort::ElementType type = module.half ? ort::kFloat16 : ort::kFloat;
+  const ort::Value* x = nullptr;
+  check(ort::kernel_input(context, 0, &x));
+  if (!x) fail("input X is missing");
+  CallInputs inputs{call_shape(module, tensor_shape(x, type, "input X")), tensor_data(x), nullptr};
+  if (module.residual) {
+    const ort::Value* residual = nullptr;
+    check(ort::kernel_input(context, kResidualInput, &residual));
+    if (!residual) fail("the residual R is missing");
+    const std::vector<int64_t> shape = tensor_shape(residual, type, "residual R");
+    if (shape != inputs.shape.output_shape)
+      fail("the residual R has shape ", shape_text(shape), ", but Y has ", shape_text(inputs.shape.output_shape));
+    inputs.residual = tensor_data(residual);
+  }
+  return inputs;
+}
+
+void* call_output(const CallShape& shape, ort::KernelContext* context) {
+  ort::Value* y = nullptr;
+  check(ort::kernel_output(context, 0, shape.output_shape.data(), shape.output_shape.size(), &y));
+  void* data = nullptr;
+  check(ort::tensor_data(y, &data));
+  return data;
+}
+
+}  // namespace fcm

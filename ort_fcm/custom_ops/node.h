@@ -1,0 +1,50 @@
+// From a node of ONNX Runtime to a Module, and from an Error to a status.
+#pragma once
+
+#include "error.h"
+#include "module.h"
+#include "ort_abi.h"
+
+namespace fcm {
+
+constexpr size_t kInputs = 11;
+constexpr size_t kResidualInput = 7;
+constexpr size_t weight_input(size_t stage) { return 1 + 2 * stage; }
+constexpr size_t bias_input(size_t stage) { return 2 + 2 * stage; }
+constexpr size_t slope_input(size_t stage) { return 8 + stage; }
+
+// Throws the message of a failed `status`, after releasing it.
+void check(ort::Status* status);
+
+// Reads and checks the whole node; its weights are copied. Throws Error.
+Module read_node(const ort::KernelInfo* info, bool half);
+
+std::string node_name(const ort::KernelInfo* info);
+
+// The shape of a tensor whose elements are of `type`; throws Error if they are not.
+std::vector<int64_t> tensor_shape(const ort::Value* value, ort::ElementType type, const char* name);
+
+const void* tensor_data(const ort::Value* value);
+
+// Input X and, if the module has one, R of a call; and the shapes they imply. Throws Error.
+struct CallInputs {
+  CallShape shape;
+  const void* x;
+  const void* residual;
+};
+CallInputs call_inputs(const Module& module, const ort::KernelContext* context);
+
+void* call_output(const CallShape& shape, ort::KernelContext* context);
+
+// Runs `work`; what it throws becomes a status that names `node`.
+template <class Work>
+ort::Status* guarded(const std::string& node, Work&& work) noexcept {
+  try {
+    work();
+    return nullptr;
+  } catch (const std::exception& error) {
+    return ort::create_status(ort::kErrorFail, ("FusedConvModule '" + node + "': " + error.what()).c_str());
+  }
+}
+
+}  // namespace fcm
