@@ -1,0 +1,553 @@
+"""What a module costs with a tile on a GPU. docs/planner.md derives every formula; the symbols here are its.
+
+Geometry follows ort_fcm/kernels/spec.h (tests compare the two): a thread block (TB) computes I x Th x Tw output pixels
+for Nb output channels, walking over the middle channels in steps of a chunk. Pixels, channels and taps are counts, sizes
+are bytes, times microseconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+from .chain import STAGES, Chain, Layer, Tile, ceil_div, round_up
+from .gpus import Gpu
+
+
+@dataclass(frozen=True)
+class Priors:
+    """Constants of the time model that no data sheet states. Priors, from one untuned prototype and stock's published
+    times on an H200, until measurements replace them."""
+
+    dram_share: float = 0.90  # of memory_gbps that a copy reaches: 4.3 of 4.8 TB/s
+    l2_share: float = 1.0  # of l2_gbps, itself an estimate of what is reached
+    l2_bytes_per_clock: float = 40.0  # L2 bytes that one SM takes in a clock
+    tensor_share: float = 0.6  # of the tensor cores' peak that mma.sync reaches between loads
+    issue_share: float = 0.65  # of the 4 warp instructions an SM issues in a clock
+    shared_share: float = 0.8  # of the one 128-byte wavefront a clock of shared memory
+    overlap: float = 3.0  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
+    clocks_per_instruction: float = 4.0  # of one warp alone: dependent instructions wait for each other
+    step_clocks: float = 500.0  # of a chunk step: barriers, and the copies' latency that is not hidden
+    block_clocks: float = 2000.0  # of a thread block: its first loads, its last stores
+    split_clocks: float = 1500.0  # of a cluster: its barriers and the partial sums through distributed shared memory
+    launch_us: float = 1.2  # of a kernel in a captured graph
+    depthwise_overhead: float = 0.35  # plain instructions of the depthwise beyond its multiply-adds
+    base_registers: int = 48  # addresses, counters, pipeline state
+    # stock: separate NCHW kernels
+    stock_conv_us: float = 3.2  # of a convolution kernel, however small
+    stock_elementwise_us: float = 1.6  # of an activation, Add or layout change kernel
+    stock_dw_share: float = 0.30  # of the memory rates that stock's depthwise reaches
+    stock_dense_share: float = 0.55  # the same, other convolutions
+    stock_elementwise_share: float = 0.85  # the same, elementwise kernels
+    stock_tensor_share: float = 0.45  # of the tensor cores' peak that stock's convolutions reach
+
+
+PRIORS = Priors()
+
+# By compute capability, the largest not above the GPU's: m16n8k16 products (float16; for TF32, m16n8k8) an SM starts in
+# a clock, and the share of the stated tensor rate that mma.sync can reach where wgmma or tcgen05 is needed for all of it.
+_TENSOR = {75: (0.25, 1.0), 80: (0.5, 1.0), 86: (0.25, 1.0), 87: (0.5, 1.0), 89: (0.25, 1.0), 90: (1.0, 0.65),
+           100: (1.0, 0.3), 120: (0.25, 1.0)}  # fmt: skip
+
+# Plain instructions an activation takes for one register of values (two float16, or one float32).
+_ACTIVATION = {"none": 0, "relu": 1, "clip": 2, "hardswish": 4, "hardsigmoid": 3, "leakyrelu": 2, "prelu": 3,
+               "silu": 8, "sigmoid": 7, "tanh": 6, "gelu": 16, "gelu_tanh": 12}  # fmt: skip
+
+MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
+MAX_REGISTERS = 255
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A module without a tile: up to three stages and the input they meet. Names and node counts are left out, so that
+    equal shapes are equal segments."""
+
+    dtype: str
+    batch: int
+    height: int
+    width: int
+    first: Layer | None
+    depthwise: Layer | None
+    project: Layer | None
+    residual: bool = False
+
+    @property
+    def stages(self) -> str:
+        return "-".join(layer.kind for layer in self.layers)
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        return tuple(layer for layer in (self.first, self.depthwise, self.project) if layer)
+
+    @cached_property
+    def element(self) -> int:
+        """Bytes of an element."""
+        return 2 if self.dtype == "float16" else 4
+
+    @cached_property
+    def group(self) -> int:
+        """Channels of a group: 64 bytes."""
+        return 64 // self.element
+
+    @cached_property
+    def c_in(self) -> int:
+        return self.layers[0].in_channels
+
+    @cached_property
+    def c_out(self) -> int:
+        return self.layers[-1].out_channels
+
+    @cached_property
+    def middle_channels(self) -> int:
+        """Depth of `project` (its reduction); without one, the output channels."""
+        if self.project and self.project.kind == "conv":
+            return self.project.taps * self.c_in
+        return self.project.in_channels if self.project else self.c_out
+
+    @cached_property
+    def middle_groups(self) -> int:
+        return ceil_div(self.middle_channels, self.group)
+
+    @cached_property
+    def padded_out(self) -> int:
+        return round_up(self.c_out, self.group // 2) if self.project else self.middle_groups * self.group
+
+    @cached_property
+    def first_depth(self) -> int:
+        return self.first.taps * self.c_in if self.first else 0
+
+    @cached_property
+    def first_steps(self) -> int:
+        return ceil_div(self.first_depth, self.group // 2)
+
+    @cached_property
+    def maps(self) -> tuple[tuple[int, int], ...]:
+        """(height, width) of X and of every stage's output."""
+        sizes = [(self.height, self.width)]
+        for layer in self.layers:
+            sizes.append(layer.out_size(*sizes[-1]))
+        return tuple(sizes)
+
+    @cached_property
+    def mid(self) -> tuple[int, int]:
+        """The map that the depthwise reads."""
+        return self.maps[1 if self.first else 0]
+
+    @cached_property
+    def streams(self) -> bool:
+        """A lone pointwise whose input is copied asynchronously."""
+        vector = self.c_in % (16 // self.element) == 0
+        return vector and self.stages == "pw"
+
+    @cached_property
+    def input_elements(self) -> int:
+        """Elements of X that any window touches."""
+        touched = [touched_pixels(self.layers, axis, size) for axis, size in enumerate(self.maps[0])]
+        return self.batch * touched[0] * touched[1] * self.c_in
+
+    @cached_property
+    def output_elements(self) -> int:
+        return self.batch * self.maps[-1][0] * self.maps[-1][1] * self.c_out
+
+    @cached_property
+    def weight_elements(self) -> int:
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def compulsory_bytes(self) -> int:
+        """X, the weights and the residual read once, Y written once."""
+        outputs = self.output_elements * (2 if self.residual else 1)
+        return self.element * (self.input_elements + self.weight_elements + outputs)
+
+    @cached_property
+    def multiply_adds(self) -> int:
+        """What the convolutions need, nothing recomputed or padded."""
+        return self.batch * sum(h * w * layer.weights for layer, (h, w) in zip(self.layers, self.maps[1:], strict=True))
+
+
+def segment(chain: Chain, first: int, last: int) -> Segment | None:
+    """The segment of the chain's layers first..last, or None where no kernel computes these stages in one."""
+    layers = chain.layers[first : last + 1]
+    kinds = [layer.kind for layer in layers]
+    if "-".join(kinds) not in STAGES or any(layer.residual for layer in layers[:-1]):
+        return None
+    bare = [replace(layer, name="", nodes=1, activation_nodes=0, residual=False) for layer in layers]
+    depthwise = kinds.index("dw") if "dw" in kinds else None
+    lone = len(layers) == 1
+    project = bare[-1] if kinds[-1] != "dw" else None
+    if project and not lone and project.stride != (1, 1):
+        return None  # a project behind another stage takes each pixel
+    return Segment(
+        dtype=chain.dtype,
+        batch=chain.batch,
+        height=chain.maps()[first][0],
+        width=chain.maps()[first][1],
+        first=bare[0] if not lone and kinds[0] != "dw" else None,
+        depthwise=bare[depthwise] if depthwise is not None else None,
+        project=project,
+        residual=layers[-1].residual,
+    )
+
+
+def touched_pixels(layers: tuple[Layer, ...], axis: int, size: int) -> int:
+    """Pixels of an input axis (0 rows, 1 columns) of `size` that the last layer's output depends on."""
+    sizes = [size]
+    for layer in layers:
+        sizes.append(layer.out_length(axis, sizes[-1]))
+    touched: set[int] = set(range(sizes.pop()))
+    for layer, limit in zip(reversed(layers), reversed(sizes), strict=True):
+        step, dilation, pad = layer.stride[axis], layer.dilation[axis], layer.pads[axis]
+        touched = {o * step + t * dilation - pad for o in touched for t in range(layer.kernel[axis])}
+        touched = {pixel for pixel in touched if 0 <= pixel < limit}
+    return len(touched)
+
+
+def _tiled(out: int, tile: int, depthwise: Layer, axis: int, mid: int, first: Layer | None, size: int) -> tuple[int, int]:
+    """Pixels of the middle map and of X along an axis that tiles of `tile` output pixels read, overlaps counted again,
+    what lies outside the maps left out."""
+    step, reach, pad = depthwise.stride[axis], depthwise.reach[axis], depthwise.pads[axis]
+    dense = first is not None and first.kind == "conv"
+    mid_pixels = x_pixels = 0
+    for start in range(0, out, tile):
+        low = min(max(0, start * step - pad), mid)
+        high = max(low, min(mid, (min(start + tile, out) - 1) * step - pad + reach))
+        mid_pixels += high - low
+        if dense and high > low:
+            assert first is not None
+            low, high = low * first.stride[axis] - first.pads[axis], (high - 1) * first.stride[axis] - first.pads[axis]
+            low, high = min(max(0, low), size), min(size, high + first.reach[axis])
+        x_pixels += max(0, high - low)
+    return mid_pixels, x_pixels
+
+
+# ---- What a thread block holds (as spec.h has it) --------------------------------------------------------------------
+
+
+def illegal(seg: Segment, tile: Tile) -> str:
+    """Why the kernels cannot run the segment with this tile, on any GPU; empty if they can."""
+    t, group = tile, seg.group
+    channels = block_n(seg, t)
+    if min(t.tile_h, t.tile_w, t.images, t.chunk, t.warps_m, t.warps_n, t.split, t.blocks) < 1 or t.block_n < 0:
+        return "every field of a tile is positive (block_n may be 0)"
+    if t.chunk % group or t.block_n % group:
+        return f"chunk and block_n must be multiples of a group of {group} channels"
+    if t.patch_h not in (1, 2, 4) or t.split not in (1, 2, 4, 8):
+        return "patch_h must be 1, 2 or 4 and split 1, 2, 4 or 8"
+    if t.warps_m * t.warps_n > 16 or t.blocks * t.threads > 2048:
+        return "a thread block has at most 16 warps, and blocks times threads at most 2048"
+    if seg.depthwise:
+        if t.tile_h % t.patch_h or t.tile_w % 2:
+            return "a tile must be made of whole patches"
+        if 8 * t.warps_m < t.images * (t.tile_h // t.patch_h) * (t.tile_w // 2):
+            return "the warps do not cover the tile"
+        if t.images > 1 and (t.tile_h < seg.maps[-1][0] or t.tile_w < seg.maps[-1][1]):
+            return "a tile of several images must cover the output map"
+    elif t.images != 1:
+        return "images needs a depthwise"
+    if seg.project:
+        if (t.chunk // group) % t.warps_n:
+            return "chunk must have a group for each of warps_n"
+        if t.split > ceil_div(seg.middle_groups, t.chunk // group):
+            return "split must not exceed the chunks"
+        if accumulators(seg, t) > MAX_ACCUMULATORS:
+            return "accumulators do not fit the registers"
+    else:
+        if t.warps_n != 1 or t.split != 1:
+            return "warps_n and split need a project"
+        if channels < seg.padded_out and channels % t.chunk:
+            return "block_n must be a multiple of chunk"
+    return ""
+
+
+def block_n(seg: Segment, tile: Tile) -> int:
+    """Nb: output channels of a thread block, padded."""
+    return min(tile.block_n, seg.padded_out) if tile.block_n else seg.padded_out
+
+
+def _warp_groups_n(seg: Segment, tile: Tile) -> int:
+    return ceil_div(ceil_div(block_n(seg, tile), seg.group), tile.warps_n)
+
+
+def accumulators(seg: Segment, tile: Tile) -> int:
+    """Registers of a thread for its share of the output."""
+    return tile.patch_h * _warp_groups_n(seg, tile) * seg.group // 2 if seg.project else 0
+
+
+def _halo(seg: Segment, tile: Tile) -> tuple[int, int]:
+    """Middle pixels a tile's depthwise reads: (rows, columns), outside the map included."""
+    assert seg.depthwise
+    step, reach = seg.depthwise.stride, seg.depthwise.reach
+    return (tile.tile_h - 1) * step[0] + reach[0], (tile.tile_w - 1) * step[1] + reach[1]
+
+
+def _first_tiles(seg: Segment, tile: Tile) -> int:
+    """16-pixel tiles of `first` that a warp computes."""
+    if not seg.depthwise:
+        return tile.patch_h
+    rows, columns = _halo(seg, tile)
+    return ceil_div(ceil_div(tile.images * rows * columns, 16), tile.warps_m * tile.warps_n)
+
+
+def _first_in_registers(seg: Segment, tile: Tile) -> bool:
+    return _first_tiles(seg, tile) * seg.first_steps * 4 <= 48
+
+
+def shared_bytes(seg: Segment, tile: Tile) -> int:
+    """Shared memory of a thread block."""
+    t, groups, warps = tile, tile.chunk // seg.group, tile.warps_m * tile.warps_n
+    fragment = 512  # 32 lanes x 16 bytes
+    once = chunk = 0
+
+    def vectors(layer: Layer) -> int:  # bias, and slope of a PRelu, of a group
+        return seg.group * 4 * (2 if layer.activation == "prelu" else 1)
+
+    if seg.first:
+        chunk += groups * (seg.group // 8 * seg.first_steps * 256 + vectors(seg.first))
+        if not _first_in_registers(seg, t):
+            once = warps * _first_tiles(seg, t) * ceil_div(seg.first_steps, 2) * 2 * fragment
+    if seg.depthwise:
+        rows, columns = _halo(seg, t)
+        chunk += groups * (t.images * rows * round_up(columns, 2) * 64 + 128)
+        chunk += groups * (seg.depthwise.taps * 64 + vectors(seg.depthwise))
+    if seg.project:
+        chunk += groups * (block_n(seg, t) // 8) * fragment
+        if seg.streams or t.warps_n > 1:  # what feeds `project` passes between warps
+            chunk += t.warps_m * groups * t.patch_h * 2 * fragment
+    reduction = warps * t.patch_h * _warp_groups_n(seg, t) * (seg.group // 8) * fragment if t.split > 1 else 0
+    return max(once + 2 * chunk, reduction)  # two buffers of all that a chunk step replaces
+
+
+def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
+    """Registers of a thread, estimated: accumulators, `first`'s fragments, and the hungrier of the phases."""
+    phase = 24  # fragments and sums of a tensor-core product
+    if seg.depthwise:
+        phase = max(phase, 4 * min(seg.depthwise.taps, 9) + 8 * tile.patch_h + 8)
+    held = _first_tiles(seg, tile) * seg.first_steps * 4 if seg.first and _first_in_registers(seg, tile) else 0
+    return priors.base_registers + accumulators(seg, tile) + held + phase
+
+
+def resident(seg: Segment, tile: Tile, gpu: Gpu, shared: int, regs: int) -> int:
+    """Thread blocks that an SM holds at once; 0: it cannot hold one."""
+    if shared > gpu.shared_per_block or regs > MAX_REGISTERS:
+        return 0
+    return min(
+        gpu.shared_per_sm // (shared + 1024),  # the system takes 1024 bytes a block
+        gpu.registers_per_sm // (round_up(regs, 8) * tile.threads),
+        gpu.max_threads_per_sm // tile.threads,
+        gpu.max_blocks_per_sm,
+    )
+
+
+# ---- What it costs ---------------------------------------------------------------------------------------------------
+
+
+class Estimate(NamedTuple):
+    time_us: float
+    traffic_bytes: int  # between the SMs and L2: the paper's global memory accesses
+    dram_bytes: int  # from and to device memory, L2 cold at the start
+    shared_bytes: int
+    registers: int
+    resident: int  # thread blocks an SM holds at once
+    grid: int  # thread blocks
+    recompute: float  # multiply-adds done over multiply-adds needed; 1: nothing is computed twice
+    bound: str  # the resource that takes longest
+
+
+def _capability(table: dict[int, tuple[float, float]], sm: int) -> tuple[float, float]:
+    return table[max((known for known in table if known <= sm), default=min(table))]
+
+
+def _tensor_rates(seg: Segment, gpu: Gpu, priors: Priors) -> tuple[float, float, bool]:
+    """Products an SM starts in a clock, multiply-adds the chip does in a microsecond, and whether on tensor cores."""
+    per_clock, share = _capability(_TENSOR, gpu.sm)
+    tflops = gpu.tensor_fp16_tflops if seg.dtype == "float16" else gpu.tensor_tf32_tflops
+    if tflops <= 0:
+        return 64 / 1024 * priors.issue_share, gpu.fp32_tflops * 5e5 * priors.issue_share, False
+    return per_clock * share * priors.tensor_share, tflops * 5e5 * share * priors.tensor_share, True
+
+
+def memory_us(gpu: Gpu, dram: float, traffic: float, priors: Priors) -> tuple[float, float]:
+    """Times of device memory and of L2. What is far below the size of L2 is taken to lie there already."""
+    missing = min(1.0, dram / gpu.l2_bytes)
+    return dram * missing / (gpu.memory_gbps * 1e3 * priors.dram_share), traffic / (gpu.l2_gbps * 1e3 * priors.l2_share)
+
+
+def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Estimate | None:
+    """What the segment costs with a tile; None where the tile does not fit the GPU."""
+    t, layer = tile, seg.depthwise
+    if t.split > 1 and gpu.sm < 90:
+        return None
+    shared, regs = shared_bytes(seg, t), registers(seg, t, priors)
+    blocks = resident(seg, t, gpu, shared, regs)
+    if not blocks:
+        return None
+
+    # Geometry: S spatial tiles, B channel blocks, pixels read.
+    e, group, groups, warps = seg.element, seg.group, t.chunk // seg.group, t.warps_m * t.warps_n
+    out_h, out_w = seg.maps[-1]
+    out_pixels = seg.batch * out_h * out_w
+    channels = block_n(seg, t)
+    blocks_n = ceil_div(seg.padded_out, channels)
+    if layer:
+        spatial = ceil_div(out_h, t.tile_h) * ceil_div(out_w, t.tile_w) * ceil_div(seg.batch, t.images)
+        halo_rows, halo_columns = _halo(seg, t)
+        rows = _tiled(out_h, t.tile_h, layer, 0, seg.mid[0], seg.first, seg.height)
+        columns = _tiled(out_w, t.tile_w, layer, 1, seg.mid[1], seg.first, seg.width)
+        mid_pixels, x_pixels = (seg.batch * r * c for r, c in zip(rows, columns, strict=True))
+        halo_pixels = t.images * halo_rows * halo_columns
+    else:
+        pixels = 16 * t.patch_h * t.warps_m
+        spatial = ceil_div(out_pixels, pixels)
+        mid_pixels = x_pixels = out_pixels
+        halo_pixels = pixels
+        dense = seg.layers[0]
+        if dense.kind == "conv":  # runs of pixels: rows of the map, or a part of one
+            r, c = ceil_div(pixels, out_w), min(pixels, out_w)
+            r = min(seg.height, (r - 1) * dense.stride[0] + dense.reach[0])
+            c = min(seg.width, (c - 1) * dense.stride[1] + dense.reach[1])
+            x_pixels = max(spatial * r * c, seg.input_elements // seg.c_in)
+    grid = spatial * blocks_n * t.split
+    chunks = ceil_div(seg.middle_groups if seg.project else channels // group, groups)
+    steps = ceil_div(chunks, t.split)
+
+    # Traffic between the SMs and L2. Without a `first`, split thread blocks and the channel blocks of a lone depthwise
+    # read different channels of X.
+    x_reads = (t.split if seg.first else 1) * (blocks_n if seg.project or seg.first else 1)
+    recomputed = blocks_n if seg.project else 1
+    traffic = x_reads * x_pixels * seg.c_in
+    if seg.first:
+        traffic += spatial * recomputed * seg.first.weights
+    if layer:
+        traffic += spatial * recomputed * layer.weights
+    if seg.project:
+        traffic += spatial * seg.project.weights
+    outputs = out_pixels * seg.c_out * (2 if seg.residual else 1)
+    traffic = e * (traffic + outputs)
+    dram = seg.compulsory_bytes
+
+    # Work of a warp in a chunk step: products, plain instructions, shared-memory wavefronts of 128 bytes.
+    pack = 2 if e == 2 else 1
+    products = plain = waves = 0.0
+    copied = 0  # bytes that cp.async brings in a step, whole thread block
+    if seg.first:
+        tiles = _first_tiles(seg, t)
+        weights = groups * group // 8 * seg.first_steps * 256
+        products += tiles * groups * (group // 8) * seg.first_steps
+        loads = weights * ceil_div(tiles, 2)
+        if not _first_in_registers(seg, t):
+            loads += tiles * seg.first_steps * 512 * groups
+        values = tiles * 16 * groups * group / pack / 32  # warp-wide operations on the result
+        plain += loads / 512 + values * (2 + _ACTIVATION[seg.first.activation])
+        waves += (loads + (tiles * 16 * groups * 64 if layer else 0)) / 128
+        copied += weights
+    if layer:
+        vectors = min((t.patch_h - 1) * layer.stride[0] + layer.reach[0], t.patch_h * layer.kernel[0])
+        vectors *= min(layer.stride[1] + layer.reach[1], 2 * layer.kernel[1])
+        own = groups / t.warps_n  # warps_n share the groups
+        plain += own * layer.taps * t.patch_h * 8 * (1 + priors.depthwise_overhead)
+        plain += own * (vectors + layer.taps + t.patch_h * 8 * (1 + _ACTIVATION[layer.activation]))
+        waves += own * (vectors * 4 + layer.taps)
+        copied += groups * layer.taps * 64
+        if not seg.first:
+            copied += groups * halo_pixels * 64
+    if seg.project:
+        weights = groups * (channels // 8) * 512
+        products += groups * 2 * t.patch_h * _warp_groups_n(seg, t) * (group // 8)
+        plain += weights / t.warps_n / 512
+        waves += weights / t.warps_n / 128
+        copied += weights
+        if seg.streams or t.warps_n > 1:
+            passed = groups * t.patch_h * 2 * 512
+            plain += 2 * passed / 512
+            waves += (passed / t.warps_n + passed) / 128
+        if not seg.first and not layer and not seg.streams:  # gathered from global memory
+            width = 16 // e if seg.c_in % (16 // e) == 0 else 1
+            plain += 3 * t.patch_h * 16 * t.chunk / width / 32
+    plain += copied / 512 / warps * 2
+    waves += copied / 128 / warps
+    per_block = 0.0  # once in a thread block: gathering `first`'s input, the output
+    if seg.first:
+        width = 16 // e if seg.c_in % (16 // e) == 0 else 1
+        per_block += 3 * _first_tiles(seg, t) * 16 * seg.first_depth / width / 32
+    if seg.project:
+        ends = _ACTIVATION[seg.project.activation] + (2 if seg.residual else 0)
+        per_block += accumulators(seg, t) / pack * (2 + ends) * (1 + (t.split - 1) / t.split)
+    else:
+        per_block += steps * groups * t.patch_h * 2
+
+    # Time: the busiest SM has `busy` thread blocks, in rounds of what it holds at once.
+    per_clock, per_us, on_tensor = _tensor_rates(seg, gpu, priors)
+    busy = ceil_div(grid, gpu.sms)
+    rounds = ceil_div(busy, blocks)
+    mhz = gpu.clock_mhz
+    step_plain = plain + products
+    all_plain = warps * (steps * step_plain + per_block)
+    if not on_tensor:
+        all_plain += warps * steps * products * 32
+    latency = priors.block_clocks + per_block * priors.clocks_per_instruction
+    latency += steps * (priors.step_clocks + step_plain * priors.clocks_per_instruction)
+    if t.split > 1:
+        latency += priors.split_clocks
+    macs = 2048 if e == 2 else 1024
+    dram_us, l2_us = memory_us(gpu, dram, traffic, priors)
+    times = {
+        "dram": dram_us,
+        "l2": max(l2_us, busy * (traffic / grid) / priors.l2_bytes_per_clock / mhz),
+        "tensor": max(busy * warps * steps * products / per_clock / mhz, grid * warps * steps * products * macs / per_us),
+        "instructions": busy * all_plain / (4 * priors.issue_share) / mhz,
+        "shared": busy * warps * steps * waves / priors.shared_share / mhz,
+        "latency": rounds * latency / mhz,
+    }
+    p = priors.overlap
+    time = priors.launch_us + sum(value**p for value in times.values()) ** (1 / p)
+
+    # Recomputed work, tensor padding apart.
+    done = 0
+    if seg.first:
+        done += mid_pixels * seg.first.weights * recomputed
+    if layer:
+        done += out_pixels * layer.weights * recomputed
+    if seg.project:
+        done += out_pixels * seg.project.weights
+    bound = max(times, key=times.__getitem__)
+    return Estimate(time, traffic, dram, shared, regs, blocks, grid, max(1.0, done / seg.multiply_adds), bound)
+
+
+class Stock(NamedTuple):
+    """What stock does: time in microseconds, traffic in bytes."""
+
+    time_us: float
+    traffic_bytes: int
+
+
+def stock(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
+    """A layer as separate kernels: the convolution, then each activation and Add on its own."""
+    layer = chain.layers[index]
+    (out_h, out_w), element = chain.maps()[index + 1], 2 if chain.dtype == "float16" else 4
+    lone = segment(chain, index, index)
+    assert lone
+    outputs = chain.batch * out_h * out_w * layer.out_channels
+    traffic = element * (lone.input_elements + lone.weight_elements + outputs)
+    share = priors.stock_dw_share if layer.kind == "dw" else priors.stock_dense_share
+    tflops = gpu.tensor_fp16_tflops if chain.dtype == "float16" else gpu.tensor_tf32_tflops or gpu.fp32_tflops
+    arithmetic = 0.0 if layer.kind == "dw" else lone.multiply_adds / (tflops * 5e5 * priors.stock_tensor_share)
+    time = priors.stock_conv_us + max(max(memory_us(gpu, traffic, traffic, priors)) / share, arithmetic)
+    for number in range(layer.activation_nodes):
+        reads = 2 if layer.residual and number == layer.activation_nodes - 1 else 1
+        moved = element * outputs * (reads + 1)
+        traffic += moved
+        time += _elementwise_us(moved, gpu, priors)
+    return Stock(time, traffic)
+
+
+def layout_change(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
+    """A layout change of the input of layer `index`, between stock (NCHW) and a module (NHWC)."""
+    height, width = chain.maps()[index]
+    elements = chain.batch * height * width * chain.layers[index].in_channels
+    moved = 2 * elements * (2 if chain.dtype == "float16" else 4)
+    return Stock(_elementwise_us(moved, gpu, priors), moved)
+
+
+def _elementwise_us(moved: int, gpu: Gpu, priors: Priors) -> float:
+    return priors.stock_elementwise_us + max(memory_us(gpu, moved, moved, priors)) / priors.stock_elementwise_share

@@ -1,0 +1,288 @@
+"""The choice: legal tiles of each segment of a chain, and the segmentation with the least time or traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+from .chain import Chain, Layer, PlannerError, Tile, ceil_div, round_up
+from .cost import PRIORS, Estimate, Priors, Segment, block_n, estimate, illegal, layout_change, segment, stock
+from .gpus import Gpu, gpu as gpu_by_name
+
+OBJECTIVES = ("time", "traffic")
+
+
+@dataclass(frozen=True)
+class Module:
+    """Layers first..last (indices into the chain, inclusive) as one kernel."""
+
+    first: int
+    last: int
+    variant: str  # the stages in capitals; PWDW_R: PWDW on tiles with halo, not on whole maps
+    tile: Tile
+    traffic_bytes: int  # between the SMs and L2
+    dram_bytes: int  # from and to device memory, L2 cold at the start
+    time_us: float
+    shared_bytes: int  # of a thread block
+    registers: int  # of a thread
+    occupancy: float  # resident threads over the threads an SM can hold
+    recompute: float  # multiply-adds done over multiply-adds needed
+    bound: str  # the resource that takes longest
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A layer (index into the chain) left to stock, and why."""
+
+    layer: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of every layer of a chain: in one of `modules`, or in `skips`. Before: all layers as stock runs
+    them; after: the modules, stock for the rest, and layout changes between the two."""
+
+    chain: Chain
+    gpu: Gpu
+    modules: tuple[Module, ...]
+    skips: tuple[Skip, ...]
+    traffic_before: int
+    traffic_after: int
+    time_before_us: float
+    time_after_us: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; tiles as `key=value` text."""
+        data = asdict(replace(self, gpu=replace(self.gpu, sources={})))
+        del data["gpu"]["sources"]
+        for module, entry in zip(self.modules, data["modules"], strict=True):
+            entry["tile"] = str(module.tile)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """The plan of to_dict(), perhaps edited by hand (a GPU may be just a name); PlannerError if it is not one, or
+        if its modules overlap or are none that the kernels can run."""
+        try:
+            chain = Chain(**{**data["chain"], "layers": tuple(Layer(**layer) for layer in data["chain"]["layers"])})
+            gpu = gpu_by_name(data["gpu"]) if isinstance(data["gpu"], str) else Gpu(**data["gpu"])
+            modules = tuple(Module(**{**entry, "tile": Tile.parse(entry["tile"])}) for entry in data["modules"])
+            skips = tuple(Skip(**entry) for entry in data["skips"])
+            plan = cls(**{**data, "chain": chain, "gpu": gpu, "modules": modules, "skips": skips})
+        except (TypeError, KeyError, AttributeError) as error:
+            raise PlannerError(f"not a plan: {error}") from None
+        plan.check()
+        return plan
+
+    def check(self) -> None:
+        """PlannerError unless every layer is in one module or skip, and every module is one the kernels can run."""
+        covered = [skip.layer for skip in self.skips]
+        for module in self.modules:
+            covered += range(module.first, module.last + 1)
+            name = f"plan of chain '{self.chain.name}': module of layers {module.first} to {module.last}"
+            if not 0 <= module.first <= module.last < len(self.chain.layers):
+                raise PlannerError(f"{name}: no such layers")
+            seg = segment(self.chain, module.first, module.last)
+            if seg is None:
+                raise PlannerError(f"{name}: no kernel computes these layers in one")
+            if why := illegal(seg, module.tile):
+                raise PlannerError(f"{name}: tile '{module.tile}': {why}")
+            if estimate(seg, module.tile, self.gpu) is None:
+                raise PlannerError(f"{name}: tile '{module.tile}' does not fit {self.gpu.name}")
+        if sorted(covered) != list(range(len(self.chain.layers))):
+            raise PlannerError(f"plan of chain '{self.chain.name}': every layer must be in one module or skip")
+
+
+# ---- Tiles -----------------------------------------------------------------------------------------------------------
+
+
+def _lengths(out: int, longest: int, even: bool) -> list[int]:
+    """Tile lengths for an axis of `out` pixels: those that waste least of their last tile, and the whole axis."""
+    lengths = set()
+    for length in (1, 2, 4, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 56, out):
+        length = round_up(min(length, out), 2 if even else 1)
+        if length <= longest and (ceil_div(out, length) * length <= 1.2 * out or length >= out):
+            lengths.add(length)
+    return sorted(lengths) or [2 if even else 1]
+
+
+def _spatial(seg: Segment) -> Iterator[Tile]:
+    """Tiles without their channel fields."""
+    out_h, out_w = seg.maps[-1]
+    if not seg.depthwise:
+        for patch_h in (1, 2, 4):
+            for warps_m in (1, 2, 4, 8):
+                pixels = 16 * patch_h * warps_m
+                if warps_m == 1 or pixels < 2 * seg.batch * out_h * out_w:
+                    yield Tile(tile_h=1, tile_w=pixels, patch_h=patch_h, warps_m=warps_m)
+        return
+    for patch_h in (1, 2, 4):
+        for height in _lengths(out_h, 32, False):
+            for width in _lengths(out_w, 32, True):
+                tile_h = round_up(height, patch_h)
+                if tile_h != height and height < out_h or tile_h >= 1.4 * out_h > 2:
+                    continue
+                whole = tile_h >= out_h and width >= out_w
+                patches = tile_h // patch_h * width // 2
+                for images in (1, 2, 4, 8) if whole else (1,):
+                    if images > seg.batch:
+                        break
+                    warps_m = ceil_div(images * patches, 8)
+                    # few pixels waste lanes and re-read weights; beyond 8 warps there is nothing left to share
+                    if warps_m > 8 or (images * patches < 6 * warps_m and warps_m > 1):
+                        continue
+                    if patches * images < 4 and patches * patch_h < out_h * out_w // 2 and patches < 4:
+                        continue
+                    yield Tile(tile_h=tile_h, tile_w=width, images=images, patch_h=patch_h, warps_m=warps_m)
+
+
+def _tiles(seg: Segment, gpu: Gpu) -> Iterator[Tile]:
+    """The tiles worth estimating, legal but for what the GPU holds."""
+    group, padded = seg.group, seg.padded_out
+    chunks = [n * group for n in (1, 2, 3, 4) if n == 1 or n <= seg.middle_groups]
+    cuts = sorted({0} | {round_up(ceil_div(padded, n), group) for n in (2, 3, 4, 5, 8) if padded >= n * group})
+    for base in _spatial(seg):
+        for chunk in chunks:
+            if not seg.project:
+                blocks = {chunk * ceil_div(ceil_div(seg.middle_groups * group, chunk), n) for n in (1, 2, 4, 8, 16, 32)}
+                for cut in sorted(blocks):
+                    yield replace(base, chunk=chunk, block_n=0 if cut >= padded else cut)
+                continue
+            for warps_n in (1, 2, 4):
+                if (chunk // group) % warps_n or not 2 <= base.warps_m * warps_n <= 8 and base.warps_m * warps_n != 1:
+                    continue
+                for cut in cuts:
+                    if warps_n > 1 and (cut or padded) < 2 * group:
+                        continue
+                    for split in (1, 2, 4, 8) if gpu.sm >= 90 else (1,):
+                        tile = replace(base, chunk=chunk, warps_n=warps_n, block_n=cut, split=split)
+                        if not illegal(seg, tile):
+                            yield tile
+
+
+@lru_cache(maxsize=4096)
+def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) -> tuple[tuple[Tile, Estimate], ...]:
+    """The best tiles of a segment with their estimates, best first."""
+    found = []
+    for tile in _tiles(seg, gpu):
+        cost = estimate(seg, tile, gpu, priors)
+        if cost:
+            found.append((tile, cost))
+    if objective == "traffic":
+        found.sort(key=lambda item: (item[1].traffic_bytes, item[1].time_us))
+    else:
+        found.sort(key=lambda item: (item[1].time_us, item[1].traffic_bytes))
+    return tuple(
+        (replace(tile, blocks=min(cost.resident, max(1, ceil_div(cost.grid, gpu.sms)), 2048 // tile.threads)), cost)
+        for tile, cost in found[: limit or None]
+    )
+
+
+def _module(seg: Segment, first: int, last: int, gpu: Gpu, tile: Tile, cost: Estimate) -> Module:
+    variant = seg.stages.replace("-", "").upper()
+    out_h, out_w = seg.maps[-1]
+    if variant == "PWDW" and (tile.tile_h < out_h or tile.tile_w < out_w):
+        variant = "PWDW_R"
+    return Module(
+        first=first,
+        last=last,
+        variant=variant,
+        tile=tile,
+        traffic_bytes=cost.traffic_bytes,
+        dram_bytes=cost.dram_bytes,
+        time_us=cost.time_us,
+        shared_bytes=cost.shared_bytes,
+        registers=cost.registers,
+        occupancy=cost.resident * tile.threads / gpu.max_threads_per_sm,
+        recompute=cost.recompute,
+        bound=cost.bound,
+    )
+
+
+def candidates(
+    chain: Chain, gpu: Gpu, first: int, last: int, objective: str = "time", limit: int = 0, priors: Priors = PRIORS
+) -> list[Module]:
+    """The modules of layers first..last, one a tile, best first; at most `limit` (0: all that were estimated). Empty
+    where no kernel computes these layers in one, or no tile fits the GPU."""
+    seg = segment(chain, first, last)
+    if seg is None:
+        return []
+    return [_module(seg, first, last, gpu, *item) for item in _ranked(seg, gpu, objective, priors, limit)]
+
+
+# ---- The choice ------------------------------------------------------------------------------------------------------
+
+MAX_STAGES = 3
+
+
+def plan_chain(chain: Chain, gpu: Gpu, objective: str = "time", priors: Priors = PRIORS) -> Plan:
+    """The segmentation of the chain into modules and layers left to stock, of least estimated time (or traffic).
+
+    A dynamic programme over the layers: best[i][k] is the least cost of layers 0..i-1 when the last of them is stock's
+    (k = 0) or a module's (k = 1); going from one to the other changes the layout.
+    """
+    if objective not in OBJECTIVES:
+        raise PlannerError(f"objective '{objective}' is none of {', '.join(OBJECTIVES)}")
+
+    def key(time_us: float, traffic: float) -> tuple[float, float]:
+        return (time_us, traffic) if objective == "time" else (traffic, time_us)
+
+    def add(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+        return a[0] + b[0], a[1] + b[1]
+
+    count = len(chain.layers)
+    alone = [stock(chain, i, gpu, priors) for i in range(count)]
+    changes = [layout_change(chain, i, gpu, priors) for i in range(count)]
+    infinite = (float("inf"), float("inf"))
+    best = [[infinite, infinite] for _ in range(count + 1)]
+    best[0] = [(0.0, 0.0), (0.0, 0.0)]
+    came: dict[tuple[int, int], tuple[int, int, Module | None]] = {}
+
+    def offer(start: int, end: int, kind: int, cost: tuple[float, float], module: Module | None) -> None:
+        for before in (kind, 1 - kind):  # ties go to no layout change
+            total = add(best[start][before], cost)
+            if before != kind and start:
+                total = add(total, key(*changes[start]))
+            if total < best[end][kind]:
+                best[end][kind] = total
+                came[end, kind] = start, before, module
+
+    for start in range(count):
+        offer(start, start + 1, 0, key(*alone[start]), None)
+        for last in range(start, min(start + MAX_STAGES, count)):
+            for module in candidates(chain, gpu, start, last, objective, 1, priors):
+                offer(start, last + 1, 1, key(module.time_us, module.traffic_bytes), module)
+
+    modules: list[Module] = []
+    skips: list[Skip] = []
+    end, kind = count, min((0, 1), key=lambda k: best[count][k])
+    time, traffic = best[count][kind] if objective == "time" else best[count][kind][::-1]
+    while end:
+        start, before, module = came[end, kind]
+        if module:
+            modules.append(module)
+        else:
+            skips.append(Skip(start, _reason(chain, gpu, start, objective, alone[start], priors)))
+        end, kind = start, before
+    return Plan(
+        chain=chain,
+        gpu=gpu,
+        modules=tuple(reversed(modules)),
+        skips=tuple(reversed(skips)),
+        traffic_before=sum(cost.traffic_bytes for cost in alone),
+        traffic_after=int(traffic),
+        time_before_us=sum(cost.time_us for cost in alone),
+        time_after_us=time,
+    )
+
+
+def _reason(chain: Chain, gpu: Gpu, layer: int, objective: str, alone: Any, priors: Priors) -> str:
+    fused = candidates(chain, gpu, layer, layer, objective, 1, priors)
+    if not fused:
+        return f"no tile of this layer fits {gpu.name}"
+    if objective == "traffic":
+        return f"fusion does not pay here: {fused[0].traffic_bytes} bytes fused, {alone.traffic_bytes} bytes stock"
+    return f"fusion does not pay here: {fused[0].time_us:.1f} us fused, {alone.time_us:.1f} us stock"
