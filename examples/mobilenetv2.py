@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,16 +23,16 @@ STAGES = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3,
 
 @dataclass
 class _Graph:
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     rng: np.random.Generator
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     initializers: list[onnx.TensorProto] = field(default_factory=list)
 
-    def constant(self, name: str, values: NDArray[np.floating]) -> str:
+    def constant(self, name: str, values: NDArray[Any]) -> str:
         self.initializers.append(numpy_helper.from_array(np.asarray(values).astype(self.dtype), name))
         return name
 
-    def node(self, op: str, inputs: list[str], name: str, **attributes: object) -> str:
+    def node(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(op, inputs, [f"{name}_output"], name=name, **attributes))
         return f"{name}_output"
 
@@ -85,7 +86,8 @@ def build(
     x = graph.conv(x, "head", c_in, 1280, 1, power=power)
     x = graph.node("GlobalAveragePool", [x], "pool")
     x = graph.node("Flatten", [x], "flatten", axis=1)
-    weight = graph.constant("classifier.weight", graph.rng.standard_normal((classes, 1280)) / math.sqrt(1280 * rectified))
+    scores = graph.rng.standard_normal((classes, 1280)) / math.sqrt(1280 * rectified)
+    weight = graph.constant("classifier.weight", scores)
     bias = graph.constant("classifier.bias", 0.1 * graph.rng.standard_normal(classes))
     graph.nodes.append(helper.make_node("Gemm", [x, weight, bias], ["scores"], name="classifier", transB=1))
     element = TensorProto.FLOAT16 if graph.dtype == np.float16 else TensorProto.FLOAT
