@@ -1,4 +1,4 @@
-"""FusePlanner: which layers of a chain of convolutions to fuse, with which variant and which tile, from a GPU's figures.
+"""FusePlanner: which layers of a chain of convolutions to fuse, into which variant, with which tile, for a GPU.
 
     from planner import Chain, Layer, gpu, plan_chain
     chain = Chain((Layer("pw", 32, 192, activation="clip"), Layer("dw", 192, 192, (3, 3), pads=(1, 1, 1, 1)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 KINDS = ("dw", "pw", "conv")
 ACTIVATIONS = (
@@ -56,7 +57,8 @@ class Layer:
         if self.kind not in KINDS:
             raise PlannerError(f"layer '{self.name}': kind '{self.kind}' is none of {', '.join(KINDS)}")
         if self.activation not in ACTIVATIONS:
-            raise PlannerError(f"layer '{self.name}': activation '{self.activation}' is none of {', '.join(ACTIVATIONS)}")
+            known = ", ".join(ACTIVATIONS)
+            raise PlannerError(f"layer '{self.name}': activation '{self.activation}' is none of {known}")
         if min(self.in_channels, self.out_channels, *self.kernel, *self.stride, *self.dilation) < 1:
             raise PlannerError(f"layer '{self.name}': channels, kernel, stride and dilation must be at least 1")
         if min(*self.pads, self.nodes, self.activation_nodes) < 0:
@@ -66,17 +68,17 @@ class Layer:
         if self.kind == "pw" and (self.kernel != (1, 1) or any(self.pads)):
             raise PlannerError(f"layer '{self.name}': a pw layer has a 1x1 kernel and no pads")
 
-    @property
+    @cached_property
     def taps(self) -> int:
         """Weights of one filter in one channel."""
         return self.kernel[0] * self.kernel[1]
 
-    @property
+    @cached_property
     def weights(self) -> int:
         """Elements of the weight tensor (the bias apart)."""
         return self.out_channels * self.taps * (1 if self.kind == "dw" else self.in_channels)
 
-    @property
+    @cached_property
     def reach(self) -> tuple[int, int]:
         """Input pixels that one output pixel spans: (kernel - 1) * dilation + 1."""
         return (self.kernel[0] - 1) * self.dilation[0] + 1, (self.kernel[1] - 1) * self.dilation[1] + 1

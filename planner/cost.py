@@ -1,14 +1,14 @@
 """What a module costs with a tile on a GPU. docs/planner.md derives every formula; the symbols here are its.
 
 Geometry follows ort_fcm/kernels/spec.h (tests compare the two): a thread block (TB) computes I x Th x Tw output pixels
-for Nb output channels, walking over the middle channels in steps of a chunk. Pixels, channels and taps are counts, sizes
-are bytes, times microseconds.
+for Nb output channels, walking over the middle channels in steps of a chunk. Pixels, channels and taps are counts,
+sizes are bytes, times microseconds.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import NamedTuple
 
 from .chain import STAGES, Chain, Layer, Tile, ceil_div, round_up
@@ -35,18 +35,18 @@ class Priors:
     depthwise_overhead: float = 0.35  # plain instructions of the depthwise beyond its multiply-adds
     base_registers: int = 48  # addresses, counters, pipeline state
     # stock: separate NCHW kernels
-    stock_conv_us: float = 3.2  # of a convolution kernel, however small
-    stock_elementwise_us: float = 1.6  # of an activation, Add or layout change kernel
-    stock_dw_share: float = 0.30  # of the memory rates that stock's depthwise reaches
-    stock_dense_share: float = 0.55  # the same, other convolutions
+    stock_conv_us: float = 5.0  # of a convolution kernel, however small
+    stock_elementwise_us: float = 2.5  # of an activation, Add or layout change kernel
+    stock_depthwise_rate: float = 2.0  # multiply-adds an SM does in a clock in stock's depthwise, of either type
+    stock_dense_share: float = 0.55  # of the memory rates that stock's other convolutions reach
     stock_elementwise_share: float = 0.85  # the same, elementwise kernels
     stock_tensor_share: float = 0.45  # of the tensor cores' peak that stock's convolutions reach
 
 
 PRIORS = Priors()
 
-# By compute capability, the largest not above the GPU's: m16n8k16 products (float16; for TF32, m16n8k8) an SM starts in
-# a clock, and the share of the stated tensor rate that mma.sync can reach where wgmma or tcgen05 is needed for all of it.
+# By compute capability, the largest not above the GPU's: m16n8k16 products (float16; for TF32, m16n8k8) that an SM starts
+# in a clock, and the share of that which mma.sync reaches where all of it takes wgmma or tcgen05.
 _TENSOR = {75: (0.25, 1.0), 80: (0.5, 1.0), 86: (0.25, 1.0), 87: (0.5, 1.0), 89: (0.25, 1.0), 90: (1.0, 0.65),
            100: (1.0, 0.3), 120: (0.25, 1.0)}  # fmt: skip
 
@@ -147,6 +147,10 @@ class Segment:
         return self.batch * touched[0] * touched[1] * self.c_in
 
     @cached_property
+    def tilings(self) -> dict[tuple[int, int], Tiling]:
+        return {}
+
+    @cached_property
     def output_elements(self) -> int:
         return self.batch * self.maps[-1][0] * self.maps[-1][1] * self.c_out
 
@@ -154,7 +158,7 @@ class Segment:
     def weight_elements(self) -> int:
         return sum(layer.weights for layer in self.layers)
 
-    @property
+    @cached_property
     def compulsory_bytes(self) -> int:
         """X, the weights and the residual read once, Y written once."""
         outputs = self.output_elements * (2 if self.residual else 1)
@@ -203,22 +207,45 @@ def touched_pixels(layers: tuple[Layer, ...], axis: int, size: int) -> int:
     return len(touched)
 
 
-def _tiled(out: int, tile: int, depthwise: Layer, axis: int, mid: int, first: Layer | None, size: int) -> tuple[int, int]:
-    """Pixels of the middle map and of X along an axis that tiles of `tile` output pixels read, overlaps counted again,
-    what lies outside the maps left out."""
-    step, reach, pad = depthwise.stride[axis], depthwise.reach[axis], depthwise.pads[axis]
-    dense = first is not None and first.kind == "conv"
+class Tiling(NamedTuple):
+    """What tiles of tile_h x tile_w output pixels read, of one image."""
+
+    tiles: int
+    halo_rows: int  # of the middle map, a full tile, pixels outside the map included
+    halo_columns: int
+    mid_pixels: int  # over all tiles, overlaps counted again, what is outside the map left out
+    x_pixels: int  # the same of X
+
+
+def _tiled(seg: Segment, axis: int, tile: int) -> tuple[int, int, int]:
+    """Along an axis: halo, and pixels of the middle map and of X that all tiles read."""
+    assert seg.depthwise
+    dense = seg.first if seg.first and seg.first.kind == "conv" else None
+    step, reach, pad = seg.depthwise.stride[axis], seg.depthwise.reach[axis], seg.depthwise.pads[axis]
+    out, mid, size = seg.maps[-1][axis], seg.mid[axis], seg.maps[0][axis]
     mid_pixels = x_pixels = 0
     for start in range(0, out, tile):
         low = min(max(0, start * step - pad), mid)
         high = max(low, min(mid, (min(start + tile, out) - 1) * step - pad + reach))
         mid_pixels += high - low
         if dense and high > low:
-            assert first is not None
-            low, high = low * first.stride[axis] - first.pads[axis], (high - 1) * first.stride[axis] - first.pads[axis]
-            low, high = min(max(0, low), size), min(size, high + first.reach[axis])
+            low, high = low * dense.stride[axis] - dense.pads[axis], (high - 1) * dense.stride[axis] - dense.pads[axis]
+            low, high = min(max(0, low), size), min(size, high + dense.reach[axis])
         x_pixels += max(0, high - low)
-    return mid_pixels, x_pixels
+    return (tile - 1) * step + reach, mid_pixels, x_pixels
+
+
+def tiling(seg: Segment, tile: Tile) -> Tiling:
+    """Of a segment with a depthwise. Remembered, since tiles that differ in channels only share it."""
+    found = seg.tilings.get((tile.tile_h, tile.tile_w))
+    if not found:
+        (halo_rows, mid_rows, x_rows), (halo_columns, mid_columns, x_columns) = (
+            _tiled(seg, 0, tile.tile_h), _tiled(seg, 1, tile.tile_w)
+        )  # fmt: skip
+        tiles = ceil_div(seg.maps[-1][0], tile.tile_h) * ceil_div(seg.maps[-1][1], tile.tile_w)
+        found = Tiling(tiles, halo_rows, halo_columns, mid_rows * mid_columns, x_rows * x_columns)
+        seg.tilings[tile.tile_h, tile.tile_w] = found
+    return found
 
 
 # ---- What a thread block holds (as spec.h has it) --------------------------------------------------------------------
@@ -274,19 +301,12 @@ def accumulators(seg: Segment, tile: Tile) -> int:
     return tile.patch_h * _warp_groups_n(seg, tile) * seg.group // 2 if seg.project else 0
 
 
-def _halo(seg: Segment, tile: Tile) -> tuple[int, int]:
-    """Middle pixels a tile's depthwise reads: (rows, columns), outside the map included."""
-    assert seg.depthwise
-    step, reach = seg.depthwise.stride, seg.depthwise.reach
-    return (tile.tile_h - 1) * step[0] + reach[0], (tile.tile_w - 1) * step[1] + reach[1]
-
-
 def _first_tiles(seg: Segment, tile: Tile) -> int:
     """16-pixel tiles of `first` that a warp computes."""
     if not seg.depthwise:
         return tile.patch_h
-    rows, columns = _halo(seg, tile)
-    return ceil_div(ceil_div(tile.images * rows * columns, 16), tile.warps_m * tile.warps_n)
+    spatial = tiling(seg, tile)
+    return ceil_div(ceil_div(tile.images * spatial.halo_rows * spatial.halo_columns, 16), tile.warps_m * tile.warps_n)
 
 
 def _first_in_registers(seg: Segment, tile: Tile) -> bool:
@@ -307,8 +327,8 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
         if not _first_in_registers(seg, t):
             once = warps * _first_tiles(seg, t) * ceil_div(seg.first_steps, 2) * 2 * fragment
     if seg.depthwise:
-        rows, columns = _halo(seg, t)
-        chunk += groups * (t.images * rows * round_up(columns, 2) * 64 + 128)
+        spatial = tiling(seg, t)
+        chunk += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
         chunk += groups * (seg.depthwise.taps * 64 + vectors(seg.depthwise))
     if seg.project:
         chunk += groups * (block_n(seg, t) // 8) * fragment
@@ -390,12 +410,10 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     channels = block_n(seg, t)
     blocks_n = ceil_div(seg.padded_out, channels)
     if layer:
-        spatial = ceil_div(out_h, t.tile_h) * ceil_div(out_w, t.tile_w) * ceil_div(seg.batch, t.images)
-        halo_rows, halo_columns = _halo(seg, t)
-        rows = _tiled(out_h, t.tile_h, layer, 0, seg.mid[0], seg.first, seg.height)
-        columns = _tiled(out_w, t.tile_w, layer, 1, seg.mid[1], seg.first, seg.width)
-        mid_pixels, x_pixels = (seg.batch * r * c for r, c in zip(rows, columns, strict=True))
-        halo_pixels = t.images * halo_rows * halo_columns
+        cut = tiling(seg, t)
+        spatial = cut.tiles * ceil_div(seg.batch, t.images)
+        mid_pixels, x_pixels = seg.batch * cut.mid_pixels, seg.batch * cut.x_pixels
+        halo_pixels = t.images * cut.halo_rows * cut.halo_columns
     else:
         pixels = 16 * t.patch_h * t.warps_m
         spatial = ceil_div(out_pixels, pixels)
@@ -494,7 +512,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     times = {
         "dram": dram_us,
         "l2": max(l2_us, busy * (traffic / grid) / priors.l2_bytes_per_clock / mhz),
-        "tensor": max(busy * warps * steps * products / per_clock / mhz, grid * warps * steps * products * macs / per_us),
+        "tensor": warps * steps * products * max(busy / per_clock / mhz, grid * macs / per_us),
         "instructions": busy * all_plain / (4 * priors.issue_share) / mhz,
         "shared": busy * warps * steps * waves / priors.shared_share / mhz,
         "latency": rounds * latency / mhz,
@@ -529,10 +547,12 @@ def stock(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
     assert lone
     outputs = chain.batch * out_h * out_w * layer.out_channels
     traffic = element * (lone.input_elements + lone.weight_elements + outputs)
-    share = priors.stock_dw_share if layer.kind == "dw" else priors.stock_dense_share
     tflops = gpu.tensor_fp16_tflops if chain.dtype == "float16" else gpu.tensor_tf32_tflops or gpu.fp32_tflops
-    arithmetic = 0.0 if layer.kind == "dw" else lone.multiply_adds / (tflops * 5e5 * priors.stock_tensor_share)
-    time = priors.stock_conv_us + max(max(memory_us(gpu, traffic, traffic, priors)) / share, arithmetic)
+    rate = tflops * 5e5 * priors.stock_tensor_share
+    if layer.kind == "dw":
+        rate = priors.stock_depthwise_rate * gpu.sms * gpu.clock_mhz
+    memory = max(memory_us(gpu, traffic, traffic, priors)) / priors.stock_dense_share
+    time = priors.stock_conv_us + max(memory, lone.multiply_adds / rate)
     for number in range(layer.activation_nodes):
         reads = 2 if layer.residual and number == layer.activation_nodes - 1 else 1
         moved = element * outputs * (reads + 1)

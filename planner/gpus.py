@@ -54,7 +54,7 @@ _FIGURES = {f.name: f for f in fields(Gpu) if f.name not in ("name", "sources")}
 def _gpu(name: str, tables: list[dict[str, Any]], capabilities: Mapping[int, dict[str, Any]]) -> Gpu:
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
-    sm = next((table["sm"] for table in tables if "sm" in table), None)
+    sm = next((table["sm"] for table in tables if "sm" in table), 0)
     for table in ([capabilities[sm]] if sm in capabilities else []) + tables:
         for key, value in table.items():
             if key == "source":
@@ -106,7 +106,7 @@ def gpu(name: str) -> Gpu:
             raise PlannerError(f"GPU file '{name}' must hold one GPU, not {len(tables)}")
         ((own, figures),) = tables.items()
         return _gpu(own, figures, {**_CAPABILITIES, **capabilities})
-    for known, figures in GPUS.items():
+    for known in GPUS:
         if _key(known) == _key(name):
-            return figures
+            return GPUS[known]
     raise PlannerError(f"unknown GPU '{name}' (known: {', '.join(GPUS)}; or the path of a .toml file)")

@@ -8,8 +8,9 @@ from functools import lru_cache
 from typing import Any
 
 from .chain import Chain, Layer, PlannerError, Tile, ceil_div, round_up
-from .cost import PRIORS, Estimate, Priors, Segment, block_n, estimate, illegal, layout_change, segment, stock
-from .gpus import Gpu, gpu as gpu_by_name
+from .cost import PRIORS, Estimate, Priors, Segment, estimate, illegal, layout_change, segment, stock, tiling
+from .gpus import Gpu
+from .gpus import gpu as gpu_by_name
 
 OBJECTIVES = ("time", "traffic")
 
@@ -99,68 +100,80 @@ class Plan:
 # ---- Tiles -----------------------------------------------------------------------------------------------------------
 
 
-def _lengths(out: int, longest: int, even: bool) -> list[int]:
-    """Tile lengths for an axis of `out` pixels: those that waste least of their last tile, and the whole axis."""
+def _lengths(out: int, even: bool) -> list[int]:
+    """Tile lengths for an axis of `out` pixels: those that waste at most a fifth of the last tile, and the whole
+    axis."""
     lengths = set()
-    for length in (1, 2, 4, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 56, out):
+    for length in (1, 2, 4, 7, 8, 10, 12, 14, 16, 20, 28, 32, out):
         length = round_up(min(length, out), 2 if even else 1)
-        if length <= longest and (ceil_div(out, length) * length <= 1.2 * out or length >= out):
+        if length >= out or (ceil_div(out, length) * length <= 1.2 * out and length > 1):
             lengths.add(length)
-    return sorted(lengths) or [2 if even else 1]
+    return sorted(lengths)
 
 
 def _spatial(seg: Segment) -> Iterator[Tile]:
-    """Tiles without their channel fields."""
+    """Tiles without their channel fields. Warps along pixels: as few as cover the tile."""
     out_h, out_w = seg.maps[-1]
     if not seg.depthwise:
         for patch_h in (1, 2, 4):
             for warps_m in (1, 2, 4, 8):
                 pixels = 16 * patch_h * warps_m
-                if warps_m == 1 or pixels < 2 * seg.batch * out_h * out_w:
+                if pixels == 16 or pixels < 2 * seg.batch * out_h * out_w:
                     yield Tile(tile_h=1, tile_w=pixels, patch_h=patch_h, warps_m=warps_m)
         return
+    widths = _lengths(out_w, True)
     for patch_h in (1, 2, 4):
-        for height in _lengths(out_h, 32, False):
-            for width in _lengths(out_w, 32, True):
-                tile_h = round_up(height, patch_h)
-                if tile_h != height and height < out_h or tile_h >= 1.4 * out_h > 2:
-                    continue
-                whole = tile_h >= out_h and width >= out_w
-                patches = tile_h // patch_h * width // 2
+        for tile_h in sorted({round_up(height, patch_h) for height in _lengths(out_h, False)}):
+            for tile_w in widths:
+                whole = tile_h >= out_h and tile_w >= out_w
+                if not whole and not tile_h <= 4 * tile_w <= 16 * tile_h:
+                    continue  # long tiles have more halo
+                patches = tile_h // patch_h * tile_w // 2
                 for images in (1, 2, 4, 8) if whole else (1,):
-                    if images > seg.batch:
-                        break
                     warps_m = ceil_div(images * patches, 8)
-                    # few pixels waste lanes and re-read weights; beyond 8 warps there is nothing left to share
-                    if warps_m > 8 or (images * patches < 6 * warps_m and warps_m > 1):
-                        continue
-                    if patches * images < 4 and patches * patch_h < out_h * out_w // 2 and patches < 4:
-                        continue
-                    yield Tile(tile_h=tile_h, tile_w=width, images=images, patch_h=patch_h, warps_m=warps_m)
+                    if warps_m > MAX_WARPS or images >= 2 * seg.batch:
+                        break
+                    filled = images * min(out_h, tile_h) * min(out_w, tile_w) / (16 * patch_h * warps_m)
+                    if filled >= 0.55 or (whole and images == 1 and patch_h == 1):
+                        yield Tile(tile_h=tile_h, tile_w=tile_w, images=images, patch_h=patch_h, warps_m=warps_m)
+
+
+MAX_WARPS = 8  # of a thread block: beyond, barriers cost more than weights read once less
 
 
 def _tiles(seg: Segment, gpu: Gpu) -> Iterator[Tile]:
-    """The tiles worth estimating, legal but for what the GPU holds."""
+    """The tiles worth estimating, legal but for what the GPU holds. More SMs only ever add tiles."""
     group, padded = seg.group, seg.padded_out
-    chunks = [n * group for n in (1, 2, 3, 4) if n == 1 or n <= seg.middle_groups]
-    cuts = sorted({0} | {round_up(ceil_div(padded, n), group) for n in (2, 3, 4, 5, 8) if padded >= n * group})
+    chunks = [n * group for n in (1, 2, 4) if n == 1 or n <= seg.middle_groups]
+    cuts = sorted({round_up(ceil_div(padded, n), group) for n in (1, 2, 3, 4, 6, 8)}, reverse=True)
     for base in _spatial(seg):
+        if seg.depthwise:
+            grid = tiling(seg, base).tiles * ceil_div(seg.batch, base.images)
+        else:
+            grid = ceil_div(seg.batch * seg.maps[-1][0] * seg.maps[-1][1], base.tile_w)
+        few = grid < 2 * gpu.sms  # thread blocks, unless channels are shared out as well
         for chunk in chunks:
             if not seg.project:
-                blocks = {chunk * ceil_div(ceil_div(seg.middle_groups * group, chunk), n) for n in (1, 2, 4, 8, 16, 32)}
-                for cut in sorted(blocks):
+                steps = ceil_div(seg.middle_groups * group, chunk)
+                for cut in sorted({chunk * ceil_div(steps, n) for n in (1, 2, 4, 8, 16, 32)}, reverse=True):
                     yield replace(base, chunk=chunk, block_n=0 if cut >= padded else cut)
                 continue
             for warps_n in (1, 2, 4):
-                if (chunk // group) % warps_n or not 2 <= base.warps_m * warps_n <= 8 and base.warps_m * warps_n != 1:
+                if chunk // group % warps_n or base.warps_m * warps_n > MAX_WARPS:
                     continue
+                legal = 0
                 for cut in cuts:
-                    if warps_n > 1 and (cut or padded) < 2 * group:
-                        continue
-                    for split in (1, 2, 4, 8) if gpu.sm >= 90 else (1,):
-                        tile = replace(base, chunk=chunk, warps_n=warps_n, block_n=cut, split=split)
-                        if not illegal(seg, tile):
-                            yield tile
+                    if legal == 2 and not few:
+                        break
+                    for split in (1, 2, 4, 8) if few and gpu.sm >= 90 else (1,):
+                        tile = Tile(
+                            base.tile_h, base.tile_w, base.images, base.patch_h, chunk, base.warps_m, warps_n,
+                            0 if cut >= padded else cut, split,
+                        )  # fmt: skip
+                        if illegal(seg, tile):
+                            break
+                        legal += split == 1
+                        yield tile
 
 
 @lru_cache(maxsize=4096)
@@ -261,9 +274,9 @@ def plan_chain(chain: Chain, gpu: Gpu, objective: str = "time", priors: Priors =
     end, kind = count, min((0, 1), key=lambda k: best[count][k])
     time, traffic = best[count][kind] if objective == "time" else best[count][kind][::-1]
     while end:
-        start, before, module = came[end, kind]
-        if module:
-            modules.append(module)
+        start, before, chosen = came[end, kind]
+        if chosen:
+            modules.append(chosen)
         else:
             skips.append(Skip(start, _reason(chain, gpu, start, objective, alone[start], priors)))
         end, kind = start, before
