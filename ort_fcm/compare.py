@@ -1,0 +1,214 @@
+"""Run two models on the same inputs on the CPU, and compare their outputs.
+
+Inputs are structured (gradients, edges, blobs), not noise: on noise, several real networks answer with a constant,
+and a comparison of constants proves nothing.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from ort_fcm.errors import FcmError
+
+Array = NDArray[Any]
+CHECK_SIZE = 160  # pixels of an unknown height or width: small, and a multiple of 32 as most networks need
+_LIMIT = 2**31 - 2**20  # bytes that a model may have in memory; larger ones go through a file
+
+
+@dataclass(frozen=True)
+class OutputComparison:
+    """Errors of one output; relative to the largest magnitude of the reference. constant: the reference has one value
+    only, so that a small error proves little."""
+
+    name: str
+    max_abs_error: float
+    max_rel_error: float
+    passed: bool
+    constant: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    outputs: tuple[OutputComparison, ...]
+
+    @property
+    def max_abs_error(self) -> float:
+        return max((output.max_abs_error for output in self.outputs), default=0.0)
+
+    @property
+    def max_rel_error(self) -> float:
+        return max((output.max_rel_error for output in self.outputs), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        return all(output.passed for output in self.outputs)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "max_abs_error": self.max_abs_error,
+            "max_rel_error": self.max_rel_error,
+            "passed": self.passed,
+            "outputs": [asdict(output) for output in self.outputs],
+        }
+
+
+def compare(
+    a: Path | onnx.ModelProto,
+    b: Path | onnx.ModelProto,
+    atol: float | None = None,
+    rtol: float | None = None,
+    batch: int | None = None,
+    library: str | None = None,
+) -> Comparison:
+    """Compare `b` with `a`, the reference, which must have the same inputs and outputs.
+
+    An output passes when every element satisfies |b - a| <= atol + rtol * max|a|. Defaults: 1e-5 and 1e-3, or 1e-3 and
+    3e-2 where either model computes in float16. Integer outputs may differ in 1 % of their elements: rounding turns
+    near ties. library: custom-op library for `b`. FcmError when a model cannot run or the signatures differ.
+    """
+    first, second = session(a), session(b, library)
+    signature = [[(v.name, v.type) for v in s.get_inputs()] for s in (first, second)]
+    if signature[0] != signature[1]:
+        raise FcmError(f"the models have different inputs: {_names(signature[0])} and {_names(signature[1])}")
+    names = [[v.name for v in s.get_outputs()] for s in (first, second)]
+    if names[0] != names[1]:
+        raise FcmError(f"the models have different outputs: {', '.join(names[0])} and {', '.join(names[1])}")
+    feeds = inputs_for(first, batch)
+    reference, result = run(first, feeds), run(second, feeds)
+    half = any("float16" in v.type for s in (first, second) for v in [*s.get_inputs(), *s.get_outputs()])
+    half = half or any(_has_float16(model) for model in (a, b))
+    atol = (1e-3 if half else 1e-5) if atol is None else atol
+    rtol = (3e-2 if half else 1e-3) if rtol is None else rtol
+    return Comparison(
+        tuple(_difference(name, x, y, atol, rtol) for name, x, y in zip(names[0], reference, result, strict=True))
+    )
+
+
+def session(model: Path | onnx.ModelProto, library: str | None = None) -> Any:
+    """An inference session on the CPU provider. FcmError when ONNX Runtime does not take the model."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if library:
+        options.register_custom_ops_library(library)
+    try:
+        if isinstance(model, onnx.ModelProto):
+            if model.ByteSize() < _LIMIT:
+                return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+            with tempfile.TemporaryDirectory() as folder:
+                from ort_fcm.rewrite.load import save
+
+                save(model, Path(folder) / "model.onnx")
+                return onnxruntime.InferenceSession(
+                    str(Path(folder) / "model.onnx"), options, ["CPUExecutionProvider"]
+                )
+        return onnxruntime.InferenceSession(str(model), options, ["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's own exception types share no base but Exception
+        where = "the model" if isinstance(model, onnx.ModelProto) else str(model)
+        raise FcmError(f"ONNX Runtime does not load {where}: {_first_line(error)}") from None
+
+
+def run(session: Any, feeds: Mapping[str, Array]) -> list[Any]:
+    try:
+        return list(session.run(None, dict(feeds)))
+    except Exception as error:
+        raise FcmError(f"ONNX Runtime does not run the model: {_first_line(error)}") from None
+
+
+def inputs_for(session: Any, batch: int | None = None, size: int = CHECK_SIZE) -> dict[str, Array]:
+    """Structured values for every input; unknown batches are `batch` (2 by default), other unknown sizes `size`."""
+    feeds = {}
+    for seed, value in enumerate(session.get_inputs()):
+        shape = [
+            dim if isinstance(dim, int) and dim > 0 else (batch or 2) if axis == 0 else size
+            for axis, dim in enumerate(value.shape)
+        ]
+        feeds[value.name] = structured(shape, value.type, seed)
+    return feeds
+
+
+def structured(shape: Sequence[int], type_name: str = "tensor(float)", seed: int = 0) -> Array:
+    """Images, [N, C, H, W] or [N, H, W, C], of gradients, edges and blobs with values from -2 to 2 (0 to 255 for small
+    integers); for other ranks smooth waves."""
+    rng = np.random.default_rng(seed)
+    kind = type_name.removeprefix("tensor(").removesuffix(")")
+    last = len(shape) == 4 and shape[3] <= 4 < min(shape[1:3])
+    n, c, h, w = (shape[0], shape[3], shape[1], shape[2]) if last else (1, 1, 1, 1)
+    if len(shape) == 4 and not last:
+        n, c, h, w = shape
+    if len(shape) == 4:
+        y, x = np.meshgrid(np.linspace(-1, 1, h), np.linspace(-1, 1, w), indexing="ij")
+        result = np.empty((n, c, h, w))
+        for i in range(n):
+            cx, cy, angle, radius = rng.uniform(-0.5, 0.5, 4) + (0, 0, 0, 0.8)
+            disc = (x - cx) ** 2 + (y - cy) ** 2 < radius**2 / 2
+            bars = np.sign(np.sin(9 * (x * np.cos(angle) + y * np.sin(angle))))
+            for j in range(c):
+                a, b, d = rng.uniform(-1, 1, 3)
+                result[i, j] = a * x + b * y + d * bars * disc + 0.5 * np.exp(-4 * ((x + cx) ** 2 + (y - cy) ** 2))
+        result += 0.02 * rng.standard_normal(result.shape)
+        result = result.transpose(0, 2, 3, 1) if last else result
+    else:
+        count = int(np.prod(shape, dtype=np.int64))
+        result = np.sin(np.arange(count) * 0.37 + rng.uniform(0, 6)).reshape(shape)
+    result = np.clip(result, -2, 2)
+    numpy_kind = {"float": "float32", "double": "float64"}.get(kind, kind)
+    if numpy_kind == "bool":
+        return result > 0
+    if numpy_kind.startswith(("int", "uint")):
+        return ((result + 2) * 63).astype(numpy_kind)
+    if numpy_kind not in ("float16", "float32", "float64"):
+        raise FcmError(f"no structured values for an input of type {type_name}")
+    return result.astype(numpy_kind)
+
+
+def _difference(name: str, reference: Any, result: Any, atol: float, rtol: float) -> OutputComparison:
+    if isinstance(reference, (list, dict)):  # sequences and maps
+        passed = repr(reference) == repr(result)
+        return OutputComparison(name, 0.0 if passed else float("inf"), 0.0 if passed else float("inf"), passed, False)
+    if reference.shape != result.shape:
+        return OutputComparison(name, float("inf"), float("inf"), False, False)
+    if reference.size == 0:
+        return OutputComparison(name, 0.0, 0.0, True, True)
+    constant = bool((reference == reference.reshape(-1)[0]).all())
+    if reference.dtype.kind != "f":
+        wrong = reference != result
+        error = 0.0
+        if wrong.any() and reference.dtype.kind in "iu":
+            error = float(np.abs(reference.astype(np.float64) - result.astype(np.float64)).max())
+        return OutputComparison(name, error, float(wrong.mean()), bool(wrong.mean() <= 0.01), constant)
+    x, y = reference.astype(np.float64), result.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(y - x)
+    difference[(x == y) | (np.isnan(x) & np.isnan(y))] = 0  # infinities of one sign too
+    error = float("inf") if np.isnan(difference).any() else float(difference.max())
+    finite = np.abs(x[np.isfinite(x)])
+    scale = float(finite.max()) if finite.size else 0.0
+    relative = error / scale if scale else (0.0 if error == 0 else float("inf"))
+    return OutputComparison(name, error, relative, bool(error <= atol + rtol * scale), constant)
+
+
+def _has_float16(model: Path | onnx.ModelProto) -> bool:
+    if not isinstance(model, onnx.ModelProto):
+        try:
+            model = onnx.load(model, load_external_data=False)
+        except Exception:
+            return False
+    return any(tensor.data_type == onnx.TensorProto.FLOAT16 for tensor in model.graph.initializer)
+
+
+def _names(signature: list[tuple[str, str]]) -> str:
+    return ", ".join(f"{name} {kind}" for name, kind in signature)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,324 @@
+"""Write the result: FusedConvModule nodes, the functions they call, and the nodes between them.
+
+Every node calls a model-local function, one overload for each distinct body, that computes the same with plain ONNX
+operators. Where the custom-op library is registered, its kernel runs instead.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
+
+from ort_fcm.rewrite.activation import HUGE, Activation
+from ort_fcm.rewrite.graph import Array, View, captured, label
+from ort_fcm.rewrite.layout import TO_NCHW, TO_NHWC, Step, choose, nhwc
+from ort_fcm.rewrite.match import Stage
+from ort_fcm.rewrite.plan import Segment
+
+DOMAIN, OP, VERSION = "ort_fcm", "FusedConvModule", 1
+IR_VERSION = 10  # the first with function overloads
+PARAMETERS = ("X", "W1", "B1", "W2", "B2", "W3", "B3", "R", "S1", "S2", "S3")
+# ONNX Runtime 1.18 to 1.26 calls the last overload whatever the node says: let that one fail, by its name.
+GUARD = "Requires_ONNX_Runtime_1_27_or_newer"
+
+
+@dataclass
+class Functions:
+    """The overloads written so far, by body."""
+
+    opset: int
+    by_body: dict[bytes, FunctionProto] = field(default_factory=dict)
+
+    def overload(self, nodes: list[NodeProto], inputs: list[str], attributes: Iterable[str]) -> str:
+        function = helper.make_function(
+            DOMAIN, OP, inputs, ["Y"], nodes, [helper.make_opsetid("", self.opset)], sorted(attributes)
+        )
+        key = function.SerializeToString(deterministic=True)
+        if key not in self.by_body:
+            function.overload = f"body{len(self.by_body) + 1}"
+            self.by_body[key] = function
+        return self.by_body[key].overload
+
+    def protos(self) -> list[FunctionProto]:
+        if not self.by_body:
+            return []
+        imports = [helper.make_opsetid("", self.opset), helper.make_opsetid(DOMAIN, VERSION)]
+        nodes = [helper.make_node(GUARD, ["X"], ["Y"], domain=DOMAIN)]
+        guard = helper.make_function(DOMAIN, OP, ["X"], ["Y"], nodes, imports, overload="guard")
+        return [*self.by_body.values(), guard]
+
+
+@dataclass
+class _Store:
+    """New initializers, one for each value."""
+
+    prefix: str
+    added: dict[bytes, TensorProto] = field(default_factory=dict)
+
+    def constant(self, value: Array, hint: str = "constant") -> str:
+        value = np.ascontiguousarray(value)
+        key = hashlib.sha256(f"{value.dtype}{value.shape}".encode() + value.tobytes()).digest()
+        if key not in self.added:
+            self.added[key] = numpy_helper.from_array(value, f"{self.prefix}{hint}_{len(self.added)}")
+        return self.added[key].name
+
+
+def emit(view: View, segments: list[Segment], functions: Functions, gpu: str) -> list[str]:
+    """Put the segments' modules into `view.graph`; returns the names of their nodes."""
+    at = {view.producer[segment.stages[-1].output]: number for number, segment in enumerate(segments)}
+    store = _Store(f"ort_fcm/{view.graph.name}/")
+    steps = _steps(view, segments, at)
+    ways = choose(view, steps)
+    nodes: list[NodeProto] = []
+    names = [""] * len(segments)
+    for i, step in enumerate(steps):
+        if step.segment is not None:
+            nodes.append(_module(view, step, functions, store, gpu))
+            names[segments.index(step.segment)] = nodes[-1].name
+        elif i in ways:
+            nodes += ways[i].build(store.constant)
+        else:
+            assert step.node is not None
+            nodes.append(step.node)
+    outputs = {value.name for value in view.graph.output}
+    nodes = _join_layouts(_without_identities(nodes, outputs), outputs)
+    del view.graph.node[:]
+    view.graph.node.extend(nodes)
+    view.graph.initializer.extend(store.added.values())
+    _tidy(view.graph)
+    return names
+
+
+def _steps(view: View, segments: list[Segment], at: dict[int, int]) -> list[Step]:
+    """What is left of the graph, in order: modules, and the nodes that something still needs."""
+    needed = {value.name for value in view.graph.output}
+    steps: list[Step] = []
+    for index in reversed(range(len(view.nodes))):
+        if index in at:
+            segment = segments[at[index]]
+            needed |= {segment.stages[0].source, segment.stages[-1].residual}
+            steps.append(Step(segment=segment))
+        elif not needed.isdisjoint(view.nodes[index].output):
+            node = NodeProto()
+            node.CopyFrom(view.nodes[index])
+            node.input[:] = [view.name(name) for name in node.input]
+            needed.update([*node.input, *captured(node)])
+            steps.append(Step(node=node))
+    return steps[::-1]
+
+
+def _module(view: View, step: Step, functions: Functions, store: _Store, gpu: str) -> NodeProto:
+    segment = step.segment
+    assert segment is not None
+    stages, last = segment.stages, segment.stages[-1]
+    half = view.type(stages[0].source) == TensorProto.FLOAT16
+    dtype = np.dtype(np.float16 if half else np.float32)
+    arguments = dict.fromkeys(PARAMETERS, "")
+    arguments["X"] = nhwc(stages[0].source) if step.last_in else stages[0].source
+    if last.residual:
+        arguments["R"] = nhwc(last.residual) if step.last_out else last.residual
+    for number, stage in enumerate(stages, 1):
+        arguments[f"W{number}"], arguments[f"B{number}"] = _weights(view, stage, store, dtype)
+        if stage.activation.kind == "prelu":
+            slope = view.constant(stage.activation.slope)
+            assert slope is not None
+            slope = np.broadcast_to(slope.reshape(-1), (stage.out_channels,)).astype(dtype)
+            arguments[f"S{number}"] = store.constant(slope, "slope")
+    inputs = list(arguments.values())
+    while not inputs[-1]:
+        inputs.pop()
+    values = _attributes(segment, step.last_in, step.last_out, gpu)
+    used = {name for name, argument in arguments.items() if argument}
+    body = _body(stages, used, step.last_in, step.last_out, functions.opset, dtype)
+    overload = functions.overload(body, list(PARAMETERS[: len(inputs)]), values)
+    name = f"{label(view.nodes[last.conv])}/{segment.kinds}"
+    output = nhwc(last.output) if step.last_out else last.output
+    return helper.make_node(OP, inputs, [output], name=name, domain=DOMAIN, overload=overload, **values)
+
+
+def _weights(view: View, stage: Stage, store: _Store, dtype: np.dtype[Any]) -> tuple[str, str]:
+    """Names of weight and bias, with what folds into them."""
+    if stage.scale is None and stage.shift is None:
+        names = [stage.weight, stage.bias]
+        for i, name in enumerate(names):
+            if name and name not in view.initializers:
+                value = view.constant(name)
+                assert value is not None
+                names[i] = store.constant(value, "weight")
+        return names[0], names[1]
+    weight = view.constant(stage.weight)
+    assert weight is not None and stage.scale is not None and stage.shift is not None
+    bias = view.constant(stage.bias) if stage.bias else None
+    shift = stage.shift + (0 if bias is None else bias.astype(np.float64) * stage.scale)
+    scaled = weight.astype(np.float64) * stage.scale.reshape(-1, 1, 1, 1)
+    return store.constant(scaled.astype(dtype), "weight"), store.constant(shift.astype(dtype), "bias")
+
+
+def _attributes(segment: Segment, last_in: bool, last_out: bool, gpu: str) -> dict[str, Any]:
+    stages, after = segment.stages, segment.stages[-1].output_activation
+    values: dict[str, Any] = {
+        "stages": segment.kinds,
+        "kernel_shape": [n for stage in stages for n in stage.kernel],
+        "strides": [n for stage in stages for n in stage.strides],
+        "dilations": [n for stage in stages for n in stage.dilations],
+        "pads": [n for stage in stages for n in stage.pads],
+        "activations": ",".join(stage.activation.kind for stage in stages),
+        "activation_params": [
+            float(n) for stage in stages for n in (stage.activation.alpha, stage.activation.beta)
+        ],
+        "input_layout": "NHWC" if last_in else "NCHW",
+        "output_layout": "NHWC" if last_out else "NCHW",
+        "tile": segment.tile,
+        "gpu": gpu,
+    }
+    if after.kind != "none":
+        values["output_activation"] = after.kind
+        values["output_activation_params"] = [float(after.alpha), float(after.beta)]
+    return values
+
+
+# ---- Function bodies -------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Body:
+    opset: int
+    dtype: np.dtype[Any]
+    nodes: list[NodeProto] = field(default_factory=list)
+
+    def add(self, op: str, *inputs: str, **attributes: Any) -> str:
+        output = f"t{len(self.nodes)}"
+        self.nodes.append(helper.make_node(op, list(inputs), [output], **attributes))
+        return output
+
+    def constant(self, value: Any, dtype: Any = None) -> str:
+        array = np.array(value, dtype or self.dtype)
+        return self.add("Constant", value=numpy_helper.from_array(array))
+
+
+def _body(
+    stages: tuple[Stage, ...], used: set[str], last_in: bool, last_out: bool, opset: int, dtype: np.dtype[Any]
+) -> list[NodeProto]:
+    """The module in plain ONNX, from PARAMETERS (those in `used`) to Y."""
+    body = _Body(opset, dtype)
+    tensor = body.add("Transpose", "X", perm=TO_NCHW) if last_in else "X"
+    for number, stage in enumerate(stages, 1):
+        bias = [f"B{number}"] if f"B{number}" in used else []
+        tensor = body.add(
+            "Conv", tensor, f"W{number}", *bias, kernel_shape=stage.kernel, strides=stage.strides,
+            dilations=stage.dilations, pads=stage.pads, group=stage.in_channels if stage.kind == "dw" else 1,
+        )  # fmt: skip
+        tensor = _activate(body, tensor, stage.activation, f"S{number}")
+    if "R" in used:
+        residual = body.add("Transpose", "R", perm=TO_NCHW) if last_out else "R"
+        tensor = body.add("Add", tensor, residual)
+        tensor = _activate(body, tensor, stages[-1].output_activation, "")
+    if last_out:
+        tensor = body.add("Transpose", tensor, perm=TO_NHWC)
+    body.nodes[-1].output[:] = ["Y"]
+    return body.nodes
+
+
+def _activate(body: _Body, x: str, act: Activation, slope: str) -> str:
+    """An activation in the operators that the opset has."""
+    kind = act.kind
+    if kind == "none":
+        return x
+    if kind == "clip":
+        return _clip(body, x, act.alpha, act.beta)
+    if kind == "hardswish":
+        if body.opset >= 14:
+            return body.add("HardSwish", x)
+        return body.add("Mul", x, body.add("HardSigmoid", x, alpha=1 / 6, beta=0.5))
+    if kind == "silu":
+        return body.add("Mul", x, body.add("Sigmoid", x))
+    if kind == "hardsigmoid":
+        return body.add("HardSigmoid", x, alpha=float(act.alpha), beta=float(act.beta))
+    if kind == "leakyrelu":
+        return body.add("LeakyRelu", x, alpha=float(act.alpha))
+    if kind == "prelu":
+        return body.add("PRelu", x, body.add("Reshape", slope, body.constant([-1, 1, 1], np.int64)))
+    if kind == "gelu":
+        inner = body.add("Erf", body.add("Mul", x, body.constant(math.sqrt(0.5))))
+    elif kind == "gelu_tanh":
+        cube = body.add("Mul", x, body.add("Mul", x, x))
+        inner = body.add("Add", x, body.add("Mul", cube, body.constant(0.044715)))
+        inner = body.add("Tanh", body.add("Mul", inner, body.constant(math.sqrt(2 / math.pi))))
+    else:
+        return body.add({"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}[kind], x)
+    half = body.add("Mul", x, body.constant(0.5))
+    return body.add("Mul", half, body.add("Add", inner, body.constant(1)))
+
+
+def _clip(body: _Body, x: str, low: float, high: float) -> str:
+    bounds = {"min": None if low <= -HUGE else float(low), "max": None if high >= HUGE else float(high)}
+    if body.opset < 11:
+        return body.add("Clip", x, **{name: bound for name, bound in bounds.items() if bound is not None})
+    inputs = [x, *("" if bound is None else body.constant(bound) for bound in bounds.values())]
+    while not inputs[-1]:
+        inputs.pop()
+    return body.add("Clip", *inputs)
+
+
+# ---- The graph around the modules ------------------------------------------------------------------------------------
+
+
+def _without_identities(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
+    """Drop the Identities that stand for the model's Transposes."""
+    alias: dict[str, str] = {}
+    kept = []
+    for node in nodes:
+        node.input[:] = [alias.get(name, name) for name in node.input]
+        if node.op_type == "Identity" and not node.name and node.output[0] not in outputs:
+            alias[node.output[0]] = node.input[0]
+        else:
+            kept.append(node)
+    return kept
+
+
+def _join_layouts(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
+    """Put a Transpose where a tensor is made in one layout and used in the other."""
+    made = {name for node in nodes for name in node.output}
+    wanted = {name for node in nodes for name in [*node.input, *captured(node)]} | outputs
+    first_input = {name for name in wanted if name.endswith(nhwc("")) and name not in made}
+    result = []
+    for name in sorted(first_input):
+        plain = name.removesuffix(nhwc(""))
+        if plain not in made:  # a graph input
+            result.append(helper.make_node("Transpose", [plain], [name], name=f"{name}/transpose", perm=TO_NHWC))
+    for node in nodes:
+        result.append(node)
+        for name in node.output:
+            plain = name.removesuffix(nhwc(""))
+            if plain != name and plain in wanted and plain not in made:
+                result.append(helper.make_node("Transpose", [name], [plain], name=f"{name}/transpose", perm=TO_NCHW))
+            elif plain == name and nhwc(name) in first_input:
+                result.append(
+                    helper.make_node("Transpose", [name], [nhwc(name)], name=f"{nhwc(name)}/transpose", perm=TO_NHWC)
+                )
+    return result
+
+
+def _tidy(graph: onnx.GraphProto) -> None:
+    """Remove initializers and stated shapes that nothing refers to any more."""
+    inputs = {value.name for value in graph.input}
+    used = {name for node in graph.node for name in [*node.input, *captured(node)]} | inputs
+    used |= {value.name for value in graph.output}
+    made = {name for node in graph.node for name in node.output}
+    _keep(graph.initializer, lambda tensor: tensor.name in used)
+    _keep(graph.sparse_initializer, lambda tensor: tensor.values.name in used)
+    _keep(graph.value_info, lambda value: value.name in made)
+    _keep(graph.quantization_annotation, lambda item: item.tensor_name in made | used)
+
+
+def _keep(items: Any, wanted: Callable[[Any], bool]) -> None:
+    for index in reversed(range(len(items))):
+        if not wanted(items[index]):
+            del items[index]

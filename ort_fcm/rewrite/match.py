@@ -1,0 +1,289 @@
+"""Find stages, and chains of them.
+
+A stage is a convolution that a kernel can compute, with everything that folds into it: a Pad in front, then
+BatchNormalization and constant per-channel factors and terms, its activation, and the Add of a residual. A convolution
+that is no stage has a reason instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from onnx import NodeProto, TensorProto
+
+from ort_fcm.rewrite.activation import Activation, activation_after
+from ort_fcm.rewrite.graph import Array, View, attributes, label
+
+CONVOLUTIONS = ("Conv", "FusedConv", "ConvInteger", "QLinearConv")
+STEM_CHANNELS = 4  # a dense convolution over more input channels is better left to cuDNN
+OLDEST_OPSET = 7  # before it, elementwise operators broadcast by an attribute
+_FUSED_CONV = {  # com.microsoft FusedConv's attribute -> (kind, default parameters)
+    "": ("none", ()), "Relu": ("relu", ()), "Sigmoid": ("sigmoid", ()), "Tanh": ("tanh", ()),
+    "LeakyRelu": ("leakyrelu", (0.01,)), "Clip": ("clip", ()), "HardSigmoid": ("hardsigmoid", (0.2, 0.5)),
+    "HardSwish": ("hardswish", ()),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A convolution and what goes with it. Windows as in ONNX; scale and shift, [M], apply to the convolution's output
+    and fold into weight and bias. nodes: positions of all nodes it stands for, the convolution's first."""
+
+    kind: str  # dw, pw, conv
+    source: str  # the tensor it reads
+    output: str
+    weight: str
+    bias: str
+    in_channels: int
+    out_channels: int
+    kernel: tuple[int, int]
+    strides: tuple[int, int]
+    dilations: tuple[int, int]
+    pads: tuple[int, int, int, int]
+    nodes: tuple[int, ...]
+    scale: Array | None = None
+    shift: Array | None = None
+    activation: Activation = Activation()
+    residual: str = ""
+    output_activation: Activation = Activation()
+
+    @property
+    def conv(self) -> int:
+        return self.nodes[0]
+
+
+def chains(view: View) -> tuple[list[list[Stage]], dict[int, str]]:
+    """Maximal chains of stages of which each one's output feeds the next only, and the reasons of all other
+    convolutions. A chain ends behind a residual Add, as a module does."""
+    stages: dict[int, Stage] = {}
+    reasons: dict[int, str] = {}
+    for index, node in enumerate(view.nodes):
+        if node.op_type in CONVOLUTIONS:
+            found = stage(view, index)
+            if isinstance(found, Stage):
+                stages[index] = found
+            else:
+                reasons[index] = found
+    taken: set[int] = set()
+    for index in sorted(stages, reverse=True):  # where two branches meet in an Add, it belongs to the later
+        extended = with_residual(view, stages[index], taken)
+        taken.update(extended.nodes)
+        stages[index] = extended
+    by_source: dict[str, list[Stage]] = {}
+    for item in stages.values():
+        by_source.setdefault(item.source, []).append(item)
+    follower = {index: _follower(view, item, by_source) for index, item in stages.items()}
+    heads = set(stages) - {item.conv for item in follower.values() if item}
+    result = []
+    for index in sorted(heads):
+        chain = [stages[index]]
+        while (after := follower[chain[-1].conv]) is not None:
+            chain.append(after)
+        result.append(chain)
+    return result, reasons
+
+
+def stage(view: View, index: int) -> Stage | str:
+    """The stage of the convolution at `index` without a residual, or why it is none."""
+    node = view.nodes[index]
+    if node.op_type in ("ConvInteger", "QLinearConv"):
+        return "integer convolutions are not fused"
+    if view.opset < OLDEST_OPSET:
+        return f"opset {view.opset} is older than {OLDEST_OPSET}"
+    source, weight = view.name(node.input[0]), view.name(node.input[1])
+    bias = view.name(node.input[2]) if len(node.input) > 2 else ""
+    for name in [weight, bias] if bias else [weight]:
+        if view.tensor(name) is None:
+            return f"the {'bias' if name == bias else 'weight'} is not constant: {view.why_not_constant(name)}"
+    tensor = view.tensor(weight)
+    assert tensor is not None
+    if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16):
+        return f"type {TensorProto.DataType.Name(tensor.data_type).lower()} is neither float nor float16"
+    if len(tensor.dims) != 4:
+        return f"a {len(tensor.dims) - 2}-D convolution; only 2-D ones are fused"
+    values = attributes(node)
+    group = values.get("group", 1)
+    out_channels, in_channels = tensor.dims[0], tensor.dims[1] * group
+    kernel = (tensor.dims[2], tensor.dims[3])
+    if list(values.get("kernel_shape", kernel)) != list(kernel) or 0 in tensor.dims or out_channels % group:
+        return "kernel_shape, group and the weight's shape disagree"
+    if bias and list(view.tensor(bias).dims) != [out_channels]:  # type: ignore[union-attr]
+        return "the bias does not have one value for each output channel"
+    strides = tuple(values.get("strides", (1, 1)))
+    dilations = tuple(values.get("dilations", (1, 1)))
+    pads = _pads(view, node, kernel, strides, dilations)
+    if isinstance(pads, str):
+        return pads
+    source, padded, pad_nodes = pad_before(view, source, pads)
+    kind = _kind(in_channels, out_channels, group, kernel, padded)
+    if kind not in ("dw", "pw", "conv"):
+        return kind
+    found = Stage(
+        kind, source, node.output[0], weight, bias, in_channels, out_channels, kernel, strides, dilations, padded,
+        (index, *pad_nodes),
+    )  # fmt: skip
+    if node.op_type == "FusedConv":
+        return fused_conv(view, node, found)
+    found = affine_after(view, found)
+    act = activation_after(view, found.output, out_channels)
+    return replace(found, activation=act, nodes=found.nodes + act.nodes, output=act.output)
+
+
+def _kind(
+    in_channels: int, out_channels: int, group: int, kernel: tuple[int, int], pads: Sequence[int]
+) -> str:
+    if group == 1 and kernel == (1, 1) and not any(pads):
+        return "pw"
+    if group > 1 and group == in_channels == out_channels:
+        return "dw"
+    if group > 1 and group == in_channels:
+        return f"depthwise with a channel multiplier of {out_channels // group}"
+    if group > 1:
+        return f"grouped convolution ({group} groups of {in_channels // group} channels)"
+    if in_channels <= STEM_CHANNELS:
+        return "conv"
+    size = f"{kernel[0]}x{kernel[1]}"
+    return f"dense {size} convolution over {in_channels} channels, left to ONNX Runtime's own kernel"
+
+
+def _pads(
+    view: View, node: NodeProto, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]
+) -> tuple[int, int, int, int] | str:
+    """Explicit pads (top, left, bottom, right), or why there are none."""
+    values = attributes(node)
+    auto = values.get("auto_pad", "NOTSET") or "NOTSET"
+    if auto == "NOTSET":
+        pads = tuple(values.get("pads", (0, 0, 0, 0)))
+        return pads if min(pads) >= 0 else "negative pads"
+    if auto == "VALID":
+        return (0, 0, 0, 0)
+    sizes = view.shapes.symbolic.get(view.name(node.input[0]), (None,) * 4)
+    before, after = [], []
+    for axis in (0, 1):
+        reach, size = dilations[axis] * (kernel[axis] - 1) + 1, sizes[axis + 2]
+        if strides[axis] == 1:
+            total = reach - 1
+        elif isinstance(size, int):
+            total = max((-(-size // strides[axis]) - 1) * strides[axis] + reach - size, 0)
+        else:
+            return f"auto_pad {auto} with stride {strides[axis]} on a size known at run time only"
+        small = total // 2
+        before.append(small if auto == "SAME_UPPER" else total - small)
+        after.append(total - before[-1])
+    return (before[0], before[1], after[0], after[1])
+
+
+def pad_before(
+    view: View, source: str, pads: tuple[int, int, int, int]
+) -> tuple[str, tuple[int, int, int, int], tuple[int, ...]]:
+    """Fold a Pad of zeros around the map into the convolution: (its input, pads, (its position,) or ())."""
+    unchanged = source, pads, ()
+    index = view.producer.get(source)
+    if index is None or view.nodes[index].op_type != "Pad":
+        return unchanged
+    node = view.nodes[index]
+    values = attributes(node)
+    amounts = values.get("pads") if view.opset < 11 else view.constant(node.input[1])
+    value: float | None = values.get("value", 0.0)
+    if view.opset >= 11 and len(node.input) > 2 and node.input[2]:
+        value = view.scalar(node.input[2])
+    if amounts is None or len(amounts) != 8 or values.get("mode", "constant") != "constant" or value != 0.0:
+        return unchanged
+    extra = [int(amount) for amount in amounts]
+    if len(node.input) > 3 and node.input[3] or any(extra[i] for i in (0, 1, 4, 5)) or min(extra) < 0:
+        return unchanged
+    together = (pads[0] + extra[2], pads[1] + extra[3], pads[2] + extra[6], pads[3] + extra[7])
+    return view.name(node.input[0]), together, (index,)
+
+
+def affine_after(view: View, found: Stage) -> Stage:
+    """Fold BatchNormalization and constant per-channel Mul, Div, Add and Sub behind the convolution."""
+    scale, shift = np.ones(found.out_channels), np.zeros(found.out_channels)
+    nodes, output = found.nodes, found.output
+    while (use := view.only_use(output)) is not None:
+        factor = _affine(view, use, found.out_channels)
+        if factor is None:
+            break
+        scale, shift = scale * factor[0], shift * factor[0] + factor[1]
+        nodes, output = (*nodes, use[0]), view.nodes[use[0]].output[0]
+    if output == found.output:
+        return found
+    return replace(found, scale=scale, shift=shift, nodes=nodes, output=output)
+
+
+def _affine(view: View, use: tuple[int, int], channels: int) -> tuple[Array | float, Array | float] | None:
+    """(a, b) where the node computes a * x + b for each channel."""
+    node, slot = view.nodes[use[0]], use[1]
+    if node.op_type == "BatchNormalization" and slot == 0:
+        values = attributes(node)
+        stats = [view.constant(name) for name in node.input[1:5]]
+        if any(s is None for s in stats) or values.get("training_mode", 0) or len([o for o in node.output if o]) > 1:
+            return None
+        gamma, beta, mean, variance = (s.astype(np.float64) for s in stats)  # type: ignore[union-attr]
+        factor = gamma / np.sqrt(variance + values.get("epsilon", 1e-5))
+        return factor, beta - mean * factor
+    if node.op_type not in ("Mul", "Div", "Add", "Sub") or slot < 0 or node.input[0] == node.input[1]:
+        return None
+    constant = view.constant(node.input[1 - slot])
+    if constant is None or (node.op_type == "Div" and slot == 1):
+        return None
+    shape = (1,) * (4 - constant.ndim) + constant.shape
+    if constant.ndim > 4 or shape not in ((1, 1, 1, 1), (1, channels, 1, 1)):
+        return None
+    term = constant.astype(np.float64).reshape(-1)
+    if node.op_type == "Mul":
+        return term, 0.0
+    if node.op_type == "Div":
+        return 1 / term, 0.0
+    if node.op_type == "Add":
+        return 1.0, term
+    return (1.0, -term) if slot == 0 else (-1.0, term)
+
+
+def fused_conv(view: View, node: NodeProto, found: Stage) -> Stage | str:
+    """com.microsoft FusedConv: activation(convolution + fourth input)."""
+    values = attributes(node)
+    name = values.get("activation", "")
+    if node.domain != "com.microsoft" or name not in _FUSED_CONV:
+        return f"FusedConv with activation '{name}'"
+    kind, defaults = _FUSED_CONV[name]
+    parameters = [*values.get("activation_params", defaults), 0.0, 0.0]
+    act = Activation(kind, parameters[0], parameters[1], output=found.output)
+    if len(node.input) > 3 and node.input[3]:
+        return replace(found, residual=view.name(node.input[3]), output_activation=act)
+    return replace(found, activation=act)
+
+
+def with_residual(view: View, found: Stage, taken: set[int]) -> Stage:
+    """The stage with the Add that follows, and the activation behind that, if the Add is of two equal shapes."""
+    use = view.only_use(found.output)
+    if found.residual or use is None or use[0] in taken or view.nodes[use[0]].op_type not in ("Add", "Sum"):
+        return found
+    node = view.nodes[use[0]]
+    if len(node.input) != 2:
+        return found
+    other = view.name(node.input[1 - use[1]])
+    size = view.size(found.output)
+    if other == found.output or view.tensor(other) is not None or size is None or size != view.size(other):
+        return found
+    output = node.output[0]
+    act = activation_after(view, output, found.out_channels)
+    if act.kind == "prelu":
+        act = Activation(output=output)
+    return replace(
+        found, residual=other, output_activation=act, nodes=(*found.nodes, use[0], *act.nodes), output=act.output
+    )
+
+
+def _follower(view: View, item: Stage, by_source: dict[str, list[Stage]]) -> Stage | None:
+    """The stage that alone uses the output of `item`."""
+    output, after = view.name(item.output), by_source.get(view.name(item.output), [])
+    if item.residual or len(after) != 1 or view.is_output(output):
+        return None
+    readers = {index for index, _ in view.uses(output)}
+    pad = set(after[0].nodes) if len(readers) == 1 else set()
+    pad_only = all(view.only_use(view.nodes[i].output[0]) for i in readers if view.nodes[i].op_type == "Pad")
+    same_type = view.type(view.nodes[item.conv].output[0]) == view.type(view.nodes[after[0].conv].output[0])
+    return after[0] if readers <= pad and pad_only and same_type and len(view.uses(output)) == 1 else None

@@ -1,0 +1,159 @@
+"""The whole rewrite of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+from onnx import helper, inliner
+
+from ort_fcm.compare import compare
+from ort_fcm.errors import FcmError
+from ort_fcm.planner import Gpu, Plan, PlannerError
+from ort_fcm.planner import gpu as gpu_by_name
+from ort_fcm.rewrite.emit import DOMAIN, IR_VERSION, OP, VERSION, Functions, emit
+from ort_fcm.rewrite.graph import View, label
+from ort_fcm.rewrite.load import check_writable, load, save
+from ort_fcm.rewrite.match import CONVOLUTIONS, chains
+from ort_fcm.rewrite.plan import Planned, plan as make_plan
+from ort_fcm.rewrite.report import CheckReport, ModuleReport, Report, Skipped
+from ort_fcm.rewrite.shapes import infer
+
+DEFAULT_GPU = "H200"
+
+
+@dataclass(frozen=True)
+class RewriteResult:
+    """The rewritten model, what was done, and the planner's plan of every chain."""
+
+    model: onnx.ModelProto
+    report: Report
+    plans: tuple[Plan, ...]
+
+
+def rewrite(
+    model: str | Path | onnx.ModelProto,
+    output: str | Path | None = None,
+    *,
+    gpu: str | None = None,
+    batch: int | None = None,
+    float16: bool = False,
+    constants: bool = False,
+    plan: Sequence[Plan] = (),
+    check: bool = True,
+    objective: str = "time",
+) -> RewriteResult:
+    """Replace chains of depthwise, pointwise and stem convolutions by fused modules.
+
+    model: a path, or a model, which is left as it is. output: where to write the result, if anywhere.
+    gpu: the name of the GPU to plan for; by default the one present, or without one H200.
+    batch: what a dynamic batch is planned for, 1 by default. float16: convert weights and what lies inside; graph
+    inputs and outputs keep their type. constants: the caller's word that initializers which are also graph inputs are
+    never overridden; these inputs go. plan: plans to use for the chains of the same name. check: compare with the
+    original on the CPU. objective: "time" or "traffic", what the planner minimises.
+
+    FcmError, and nothing written, when the input is bad or the check fails.
+    """
+    path = Path(output) if output is not None else None
+    if path is not None:
+        check_writable(path)
+    target, is_default = choose_gpu(gpu)
+    original = load(model)
+    result = onnx.ModelProto()
+    result.CopyFrom(original)
+    if float16:
+        from ort_fcm.rewrite.float16 import to_float16
+
+        result = to_float16(result)
+    report = Report(target.name, is_default)
+    plans = _rewrite(result, report, target, batch, constants, plan, objective)
+    if check and (report.modules or float16):
+        found = compare(original, result, batch=batch)
+        report.check = CheckReport(found.max_abs_error, found.max_rel_error, found.passed)
+        if not found.passed:
+            worst = max(found.outputs, key=lambda item: (not item.passed, item.max_rel_error))
+            raise FcmError(
+                f"the check failed: output '{worst.name}' differs from the original's by {worst.max_abs_error:.3g} "
+                f"({worst.max_rel_error:.2g} of its largest value)",
+                exit_code=1,
+            )
+    elif check:
+        report.check = CheckReport(0.0, 0.0, True)
+    if path is not None:
+        save(result, path)
+    return RewriteResult(result, report, plans)
+
+
+def choose_gpu(name: str | None) -> tuple[Gpu, bool]:
+    """The GPU of that name, or the one present, or the default (True). FcmError for an unknown name."""
+    is_default = False
+    if name is None:
+        try:
+            from ort_fcm.device import present_gpu
+
+            name = present_gpu()
+        except ImportError:
+            pass
+        is_default = name is None
+    try:
+        return gpu_by_name(name or DEFAULT_GPU), is_default
+    except PlannerError as error:
+        raise FcmError(str(error)) from None
+
+
+def _rewrite(
+    model: onnx.ModelProto, report: Report, gpu: Gpu, batch: int | None, constants: bool, given: Sequence[Plan],
+    objective: str,
+) -> tuple[Plan, ...]:  # fmt: skip
+    """Rewrite in place."""
+    if any(node.domain == DOMAIN and node.op_type == OP for node in model.graph.node):
+        raise FcmError("the model has been rewritten already: it contains FusedConvModule nodes")
+    if any(node.op_type in CONVOLUTIONS for function in model.functions for node in function.node):
+        model.CopyFrom(inliner.inline_local_functions(model))
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
+    initializers = {tensor.name for tensor in model.graph.initializer}
+    overridable = set() if constants else initializers & {value.name for value in model.graph.input}
+    shapes = infer(model, batch)
+    functions = Functions(opset)
+    plans: list[Plan] = []
+    for view in _views(model.graph, View(model.graph, shapes, opset, overridable)):
+        found, reasons = chains(view)
+        planned = make_plan(view, found, gpu, objective, {item.chain.name: item for item in given})
+        plans += planned.plans
+        reasons |= planned.reasons
+        names = emit(view, planned.segments, functions, gpu.name) if planned.segments else []
+        _add(report, view, planned, names, reasons)
+    if report.modules:
+        if constants:
+            kept = [value for value in model.graph.input if value.name not in initializers]
+            del model.graph.input[:]
+            model.graph.input.extend(kept)
+        model.ir_version = max(model.ir_version, IR_VERSION)
+        model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
+        model.functions.extend(functions.protos())
+    return tuple(plans)
+
+
+def _views(graph: onnx.GraphProto, view: View) -> Iterator[View]:
+    """The views of a graph and of those inside it, inner ones first: a node is copied when its graph is written."""
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from _views(inner, View(inner, view.shapes, view.opset, view.overridable, view))
+    yield view
+
+
+def _add(report: Report, view: View, planned: Planned, names: list[str], reasons: dict[int, str]) -> None:
+    report.convolutions += sum(node.op_type in CONVOLUTIONS for node in view.nodes)
+    for segment, name in zip(planned.segments, names, strict=True):
+        nodes = [label(view.nodes[i]) for i in sorted(i for stage in segment.stages for i in stage.nodes)]
+        report.modules.append(
+            ModuleReport(
+                name, segment.variant, segment.kinds, nodes, segment.tile, segment.traffic_bytes, segment.time_us
+            )
+        )
+    report.skipped += [Skipped(label(view.nodes[i]), reason) for i, reason in sorted(reasons.items())]
+    report.traffic_bytes["before"] += planned.before
+    report.traffic_bytes["after"] += planned.after

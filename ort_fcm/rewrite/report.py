@@ -1,0 +1,102 @@
+"""What a rewrite did, as data and as tables."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """One module. nodes: the model's nodes that it replaces; traffic_bytes and time_us are the planner's estimates."""
+
+    name: str
+    variant: str
+    stages: str
+    nodes: list[str]
+    tile: str
+    traffic_bytes: int
+    time_us: float
+
+
+@dataclass(frozen=True)
+class Skipped:
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Largest differences over all outputs; relative ones to the largest magnitude of the output."""
+
+    max_abs_error: float
+    max_rel_error: float
+    passed: bool
+
+
+@dataclass
+class Report:
+    """gpu: planned for; convolutions: in the model; in_modules: of these in any module; fused_convolutions: in modules
+    of two or more; traffic_bytes: of the convolutions' chains, to and from global memory, `before` and `after`."""
+
+    gpu: str
+    gpu_is_default: bool = False
+    convolutions: int = 0
+    modules: list[ModuleReport] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    traffic_bytes: dict[str, int] = field(default_factory=lambda: {"before": 0, "after": 0})
+    check: CheckReport | None = None
+
+    @property
+    def in_modules(self) -> int:
+        return sum(len(module.stages.split("-")) for module in self.modules)
+
+    @property
+    def fused_convolutions(self) -> int:
+        return sum(len(module.stages.split("-")) for module in self.modules if "-" in module.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `check` only when there was one."""
+        data = asdict(self)
+        data |= {"in_modules": self.in_modules, "fused_convolutions": self.fused_convolutions}
+        if self.check is None:
+            del data["check"]
+        return data
+
+    def print(self) -> None:
+        """Tables of the modules and of the convolutions left alone."""
+        from rich import print as show
+        from rich.markup import escape
+        from rich.table import Table
+
+        note = " (the default: no GPU here, none named)" if self.gpu_is_default else ""
+        show(f"Planned for {escape(self.gpu)}{note}")
+        if self.modules:
+            table = Table("module", "variant", "tile", title="Fused modules")
+            table.add_column("traffic, MB", justify="right")
+            table.add_column("time, us", justify="right")
+            for module in self.modules:
+                traffic, time = f"{module.traffic_bytes / 1e6:.2f}", f"{module.time_us:.1f}"
+                table.add_row(escape(module.name), module.variant, module.tile, traffic, time)
+            show(table)
+        if self.skipped:
+            table = Table("convolutions left alone", "reason")
+            for reason, count in Counter(item.reason for item in self.skipped).most_common():
+                table.add_row(str(count), escape(reason))
+            show(table)
+        show(
+            f"{self.convolutions} convolutions: {self.in_modules} in {len(self.modules)} modules, "
+            f"{self.fused_convolutions} of them fused with others"
+        )
+        if not self.modules:
+            show("There was nothing to fuse.")
+        if before := self.traffic_bytes["before"]:
+            after = self.traffic_bytes["after"]
+            show(f"Estimated traffic of these chains: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after")
+        if self.check is not None:
+            word = "PASSED" if self.check.passed else "FAILED"
+            show(
+                f"Check against the original: largest error {self.check.max_abs_error:.3g} absolute, "
+                f"{self.check.max_rel_error:.3g} relative: {word}"
+            )
