@@ -15,6 +15,8 @@ using Floats = std::vector<float>;
 
 constexpr int64_t kMaxWindow = 4096;  // of a kernel, stride, pad or dilation: keeps sums of them far from overflow
 
+constexpr int64_t kMaxDepth = 1 << 20;  // channels, and terms of one output's sum: keeps byte counts within 31 bits
+
 const char* const kLegalStages[] = {"dw",      "pw",    "conv",    "dw-pw",    "pw-dw",
                                     "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw"};
 
@@ -173,13 +175,19 @@ void set_channels(Stage& stage, int number, const std::vector<int64_t>& shape, i
   if (shape.size() != 4 || shape[2] != w.kernel_h || shape[3] != w.kernel_w || (depthwise && shape[1] != 1))
     fail("the weight of stage ", number, " has shape ", shape_text(shape), " instead of [M, ", depthwise ? "1" : "C",
          ", ", w.kernel_h, ", ", w.kernel_w, "]");
-  for (int64_t channels : {shape[0], shape[1]})
-    if (channels < 1 || channels > INT_MAX / 4) fail("the weight of stage ", number, " has ", channels, " channels");
+  if (shape[0] < 1 || shape[1] < 1 || shape[0] > kMaxDepth || shape[1] > kMaxDepth ||
+      shape[1] * shape[2] * shape[3] > kMaxDepth)
+    fail("the weight of stage ", number, " has shape ", shape_text(shape), ", which is empty or too large");
   const int64_t in = depthwise ? shape[0] : shape[1];
   if (previous_channels && in != previous_channels)
     fail("the weight of stage ", number, " takes ", in, " channels, but the stage before makes ", previous_channels);
   stage.in_channels = int(in);
   stage.out_channels = int(shape[0]);
+}
+
+void check_module(const Module& module) {
+  if (!module.residual && module.output_act.kind != Activation::none)
+    fail("output_activation is given without the residual input R");
 }
 
 MapSize output_size(const Stage& stage, MapSize in) {

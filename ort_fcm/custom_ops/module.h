@@ -48,6 +48,9 @@ Module read_attributes(const std::string& node, const Attributes& attributes);
 // Sets `stage`'s channels from the shape of its weight, given those of the stage before (0: none). Throws Error.
 void set_channels(Stage& stage, int number, const std::vector<int64_t>& weight_shape, int previous_channels);
 
+// What holds between the parts of a module that is read whole. Throws Error.
+void check_module(const Module& module);
+
 // Height and width after `stage` for an input of `height` x `width` pixels.
 struct MapSize {
   int64_t height, width;

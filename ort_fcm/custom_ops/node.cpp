@@ -135,8 +135,7 @@ Module read_node(const ort::KernelInfo* info, bool half) {
       fail("the slope", of_stage, prelu ? " is missing" : " is given, but its activation is not prelu");
     if (prelu) stage.slope = read_vector(info, slope_input(i), half, "slope" + of_stage, channels);
   }
-  if (!module.residual && module.output_act.kind != Activation::none)
-    fail("output_activation is given without the residual input R");
+  check_module(module);
   return module;
 }
 

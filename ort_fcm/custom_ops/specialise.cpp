@@ -1,0 +1,50 @@
+#include "specialise.h"
+
+#include "error.h"
+
+namespace fcm {
+namespace {
+
+void set_first(Spec& spec, const Stage& stage) {
+  spec.first = stage.kind == StageKind::convolution ? Dense::convolution : Dense::pointwise;
+  spec.first_window = stage.window;
+  spec.first_act = stage.act;
+}
+
+void set_depthwise(Spec& spec, const Stage& stage) {
+  spec.depthwise = true;
+  spec.depthwise_window = stage.window;
+  spec.depthwise_act = stage.act;
+}
+
+void set_project(Spec& spec, const Stage& stage) {
+  spec.project = stage.kind == StageKind::convolution ? Dense::convolution : Dense::pointwise;
+  spec.project_window = stage.window;
+  spec.project_act = stage.act;
+}
+
+}  // namespace
+
+Spec make_spec(const Module& module, Type type) {
+  Spec spec;
+  spec.type = type;
+  const std::vector<Stage>& stages = module.stages;
+  spec.c_in = stages.front().in_channels;
+  spec.c_out = stages.back().out_channels;
+  spec.c_mid = stages.size() > 1 ? stages.front().out_channels : stages.front().in_channels;
+  for (size_t i = 0; i < stages.size(); ++i) {
+    if (stages[i].kind == StageKind::depthwise)
+      set_depthwise(spec, stages[i]);
+    else if (i + 1 == stages.size())
+      set_project(spec, stages[i]);
+    else
+      set_first(spec, stages[i]);
+  }
+  spec.residual = module.residual;
+  spec.output_act = module.output_act;
+  spec.input_nchw = module.input_nchw;
+  spec.output_nchw = module.output_nchw;
+  return spec;
+}
+
+}  // namespace fcm
