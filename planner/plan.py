@@ -111,8 +111,9 @@ def _lengths(out: int, even: bool) -> list[int]:
     return sorted(lengths)
 
 
-def _spatial(seg: Segment) -> Iterator[Tile]:
-    """Tiles without their channel fields. Warps along pixels: as few as cover the tile."""
+def _spatial(seg: Segment, least_filled: float) -> Iterator[Tile]:
+    """Tiles without their channel fields, of which at least a share of the lanes has a pixel. Warps along pixels: as
+    few as cover the tile."""
     out_h, out_w = seg.maps[-1]
     if not seg.depthwise:
         for patch_h in (1, 2, 4):
@@ -134,19 +135,19 @@ def _spatial(seg: Segment) -> Iterator[Tile]:
                     if warps_m > MAX_WARPS or images >= 2 * seg.batch:
                         break
                     filled = images * min(out_h, tile_h) * min(out_w, tile_w) / (16 * patch_h * warps_m)
-                    if filled >= 0.55 or (whole and images == 1 and patch_h == 1):
+                    if filled >= least_filled or (whole and images == 1 and patch_h == 1):
                         yield Tile(tile_h=tile_h, tile_w=tile_w, images=images, patch_h=patch_h, warps_m=warps_m)
 
 
 MAX_WARPS = 8  # of a thread block: beyond, barriers cost more than weights read once less
 
 
-def _tiles(seg: Segment, gpu: Gpu) -> Iterator[Tile]:
+def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
     """The tiles worth estimating, legal but for what the GPU holds. More SMs only ever add tiles."""
     group, padded = seg.group, seg.padded_out
     chunks = [n * group for n in (1, 2, 4) if n == 1 or n <= seg.middle_groups]
     cuts = sorted({round_up(ceil_div(padded, n), group) for n in (1, 2, 3, 4, 6, 8)}, reverse=True)
-    for base in _spatial(seg):
+    for base in _spatial(seg, least_filled):
         if seg.depthwise:
             grid = tiling(seg, base).tiles * ceil_div(seg.batch, base.images)
         else:
@@ -179,11 +180,11 @@ def _tiles(seg: Segment, gpu: Gpu) -> Iterator[Tile]:
 @lru_cache(maxsize=4096)
 def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) -> tuple[tuple[Tile, Estimate], ...]:
     """The best tiles of a segment with their estimates, best first."""
-    found = []
-    for tile in _tiles(seg, gpu):
-        cost = estimate(seg, tile, gpu, priors)
-        if cost:
-            found.append((tile, cost))
+    found: list[tuple[Tile, Estimate]] = []
+    for least_filled in (0.55, 0.0):  # tiles that leave most lanes idle only where nothing else fits
+        if not found:
+            costs = ((tile, estimate(seg, tile, gpu, priors)) for tile in _tiles(seg, gpu, least_filled))
+            found = [(tile, cost) for tile, cost in costs if cost]
     if objective == "traffic":
         found.sort(key=lambda item: (item[1].traffic_bytes, item[1].time_us))
     else:

@@ -1,0 +1,146 @@
+"""The planner's geometry against the kernels' own, spec.h: both must agree on what a tile takes and on which are legal."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import astuple, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ort_fcm.planner import GPUS, Chain, Layer, Tile, candidates
+from ort_fcm.planner.cost import Segment, estimate, illegal, segment, shared_bytes
+
+KERNELS = Path(__file__).parents[2] / "ort_fcm" / "kernels"
+ACTIVATIONS = {"none": 0, "clip": 2, "prelu": 10}
+
+# Reads specs as integers, writes shared memory, thread blocks, and why a spec is illegal.
+PROGRAM = """
+#include <cstdio>
+#include <initializer_list>
+#include "spec.h"
+static int next() { int v; if (std::scanf("%d", &v) != 1) v = 0; return v; }
+static fcm::Window window() {
+  fcm::Window w;
+  for (int* p : {&w.kernel_h, &w.kernel_w, &w.stride_h, &w.stride_w, &w.dilation_h, &w.dilation_w, &w.pad_top,
+                 &w.pad_left, &w.pad_bottom, &w.pad_right}) *p = next();
+  return w;
+}
+int main() {
+  for (int n; std::scanf("%d", &n) == 1;) {
+    fcm::Spec s;
+    s.type = (fcm::Type)n;
+    s.first = (fcm::Dense)next(), s.depthwise = next(), s.project = (fcm::Dense)next();
+    s.c_in = next(), s.c_mid = next(), s.c_out = next(), s.residual = next();
+    s.first_window = window(), s.depthwise_window = window(), s.project_window = window();
+    s.first_act.kind = (fcm::Activation)next(), s.depthwise_act.kind = (fcm::Activation)next();
+    s.project_act.kind = (fcm::Activation)next();
+    fcm::Tile& t = s.tile;
+    t.tile_h = next(), t.tile_w = next(), t.images = next(), t.patch_h = next(), t.chunk = next();
+    t.warps_m = next(), t.warps_n = next(), t.block_n = next(), t.split = next(), t.blocks = next();
+    const int batch = next(), height = next(), width = next();
+    const char* why = fcm::illegal(s);
+    const fcm::Launch l = fcm::launch(s, batch, height, width);
+    std::printf("%d %lld %s\\n", l.shared_bytes, l.grid_x * l.grid_y * l.grid_z, why ? why : "");
+    std::fflush(stdout);
+  }
+}
+"""
+
+Ask = Callable[[Segment, Tile], tuple[int, int, str]]
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    if not compiler:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("spec")
+    (folder / "ask.cc").write_text(PROGRAM)
+    subprocess.run([compiler, "-std=c++17", f"-I{KERNELS}", "ask.cc", "-o", "ask"], cwd=folder, check=True)
+
+    def run(seg: Segment, tile: Tile) -> tuple[int, int, str]:
+        text = " ".join(str(int(value)) for value in numbers(seg, tile))
+        done = subprocess.run([folder / "ask"], input=text, capture_output=True, text=True, check=True)
+        shared, grid, *why = done.stdout.rstrip("\n").split(" ", 2)
+        return int(shared), int(grid), why[0] if why else ""
+
+    return run
+
+
+def numbers(seg: Segment, tile: Tile) -> list[int]:
+    dense = {None: 0, "pw": 1, "conv": 2}
+    kinds = [dense[layer.kind if layer else None] for layer in (seg.first, seg.project)]
+    windows: list[int] = []
+    for layer in (seg.first, seg.depthwise, seg.project):
+        known = layer or Layer("pw", 1, 1)
+        windows += [*known.kernel, *known.stride, *known.dilation, *known.pads]
+    acts = [ACTIVATIONS[layer.activation] if layer else 0 for layer in (seg.first, seg.depthwise, seg.project)]
+    c_mid = (seg.first or seg.depthwise or seg.project or Layer("pw", 1, 1)).out_channels
+    if seg.project and not seg.first and not seg.depthwise:
+        c_mid = seg.c_in
+    head = [0 if seg.dtype == "float16" else 1, kinds[0], seg.depthwise is not None, kinds[1], seg.c_in, c_mid, seg.c_out]
+    return [*head, seg.residual, *windows, *acts, *astuple(tile), seg.batch, seg.height, seg.width]
+
+
+@st.composite
+def segments(draw: st.DrawFn) -> Segment:
+    stages = draw(st.sampled_from(["dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw",
+                                   "conv-dw-pw"]))  # fmt: skip
+    channels, layers = draw(st.integers(1, 300)), []
+    for kind in stages.split("-"):
+        kernel = 1 if kind == "pw" else draw(st.sampled_from([3, 5]))
+        step = draw(st.sampled_from([1, 2])) if kind != "pw" else 1
+        outputs = channels if kind == "dw" else draw(st.integers(1, 300))
+        layers.append(
+            Layer(kind, channels, outputs, (kernel, kernel), (step, step), pads=(kernel // 2,) * 4,
+                  activation=draw(st.sampled_from(list(ACTIVATIONS))))
+        )  # fmt: skip
+        channels = outputs
+    chain = Chain(tuple(layers), draw(st.sampled_from([1, 16])), draw(st.integers(7, 60)), draw(st.integers(7, 60)),
+                  draw(st.sampled_from(["float16", "float32"])))  # fmt: skip
+    found = segment(chain, 0, len(layers) - 1)
+    assert found
+    return found
+
+
+def random_tile(draw: st.DrawFn) -> Tile:
+    few = st.integers(1, 4)
+    return Tile(
+        draw(st.integers(1, 16)), draw(st.integers(1, 16)), draw(few), draw(few), 16 * draw(few), draw(few), draw(few),
+        16 * draw(st.integers(0, 8)), draw(few), draw(few),
+    )  # fmt: skip
+
+
+SETTINGS = settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+
+
+@SETTINGS
+@given(segments(), st.data())
+def test_random_tiles_are_judged_alike(ask: Ask, seg: Segment, data: st.DataObject) -> None:
+    tile = data.draw(st.composite(random_tile)())
+    if tile.images > 1:  # several images need the whole map: the planner's own rule
+        tile = replace(tile, images=1)
+    shared, _, why = ask(seg, tile)
+    assert bool(illegal(seg, tile)) == bool(why), (illegal(seg, tile), why)
+    if not why:
+        assert shared_bytes(seg, tile) == shared
+
+
+@SETTINGS
+@given(segments(), st.sampled_from(list(GPUS.values())), st.data())
+def test_planned_tiles_are_legal_and_their_figures_true(ask: Ask, seg: Segment, card: object, data: st.DataObject) -> None:
+    from ort_fcm.planner import Gpu
+
+    assert isinstance(card, Gpu)
+    chain = Chain(seg.layers, seg.batch, seg.height, seg.width, seg.dtype)
+    found = candidates(chain, card, 0, len(seg.layers) - 1)
+    if not found:
+        return
+    module = data.draw(st.sampled_from(found))
+    cost = estimate(seg, module.tile, card)
+    assert cost and ask(seg, module.tile) == (module.shared_bytes, cost.grid, "")
