@@ -43,16 +43,23 @@ constexpr bool packs(Activation kind) {
   return kind == Activation::none || kind == Activation::relu || kind == Activation::clip;
 }
 
-// Activation of two packed halves, without leaving half precision; only where packs(kind).
+// Whether the activation starts with max(x, 0), which some instructions do on their way.
+constexpr bool starts_with_relu(Act act) {
+  return act.kind == Activation::relu || (act.kind == Activation::clip && act.alpha == 0.f);
+}
+
+// Activation of two packed halves, without leaving half precision; only where packs(kind). RECTIFIED: max(x, 0) is done.
+template <bool RECTIFIED = false>
 FCM_DEVICE u32 activate_half2(Act act, u32 x) {
-  if (act.kind == Activation::relu) return half2_max(x, 0);
-  if (act.kind == Activation::clip)
-    return half2_min(half2_max(x, half2_pack(act.alpha, act.alpha)), half2_pack(act.beta, act.beta));
-  return x;
+  if (act.kind == Activation::relu) return RECTIFIED ? x : half2_max(x, 0);
+  if (act.kind != Activation::clip) return x;
+  if (!RECTIFIED) x = half2_max(x, half2_pack(act.alpha, act.alpha));
+  return half2_min(x, half2_pack(act.beta, act.beta));
 }
 
 // Activation of two neighbouring channels in float, result packed to half.
 FCM_DEVICE u32 activate_pack(Act act, float low, float high, float slope_low, float slope_high) {
+  if (starts_with_relu(act)) return activate_half2<true>(act, half2_pack_relu(low, high));
   if (packs(act.kind)) return activate_half2(act, half2_pack(low, high));
   return half2_pack(activate(act, low, slope_low), activate(act, high, slope_high));
 }

@@ -15,7 +15,7 @@ struct Depthwise {
   static constexpr int P = S.tile.patch_h;
   static constexpr int kRows = halo(P, W.kernel_h, W.stride_h, W.dilation_h);
   static constexpr int kColumns = halo(2, W.kernel_w, W.stride_w, W.dilation_w);
-  static constexpr int kTaps = W.kernel_h * W.kernel_w;
+  static constexpr bool kRectifies = L::kHalf && starts_with_relu(S.depthwise_act);
 
   // Filter row that input row `r` of the patch meets at output row `py`, or -1; the same holds along columns.
   static constexpr int tap(int r, int py, int stride, int dilation, int kernel) {
@@ -60,8 +60,12 @@ struct Depthwise {
             FCM_UNROLL
             for (int i = 0; i < 4; ++i) {
               u32& s = sum[py][px].r[i];
-              s = L::kHalf ? half2_fma(v.r[i], w.r[i], s)
-                           : float_bits(bits_float(v.r[i]) * bits_float(w.r[i]) + bits_float(s));
+              if constexpr (!L::kHalf)
+                s = float_bits(bits_float(v.r[i]) * bits_float(w.r[i]) + bits_float(s));
+              else if (kRectifies && ky == W.kernel_h - 1 && kx == W.kernel_w - 1)  // the last tap
+                s = half2_fma_relu(v.r[i], w.r[i], s);
+              else
+                s = half2_fma(v.r[i], w.r[i], s);
             }
           }
         }
@@ -83,7 +87,7 @@ struct Depthwise {
       if constexpr (!L::kHalf) {
         v.r[i] = float_bits(activate(act, bits_float(sum.r[i]), kSlope ? slope[i] : 0.f));
       } else if constexpr (packs(act.kind)) {
-        v.r[i] = activate_half2(act, sum.r[i]);
+        v.r[i] = activate_half2<kRectifies>(act, sum.r[i]);
       } else {
         v.r[i] = activate_pack(act, half2_low(sum.r[i]), half2_high(sum.r[i]), kSlope ? slope[2 * i] : 0.f,
                                kSlope ? slope[2 * i + 1] : 0.f);

@@ -31,9 +31,9 @@ struct Lanes {
     for (int s = 0; s < STEPS; ++s) {
       const int lo = 2 * s, hi = 2 * s + 1;
       if constexpr (kHalf) {
-        mma_half(c, a0.r[lo], a1.r[lo], a0.r[hi], a1.r[hi], b.r[lo], b.r[hi]);
+        mma_half(c, c, a0.r[lo], a1.r[lo], a0.r[hi], a1.r[hi], b.r[lo], b.r[hi]);
       } else if constexpr (S.type == Type::tf32) {
-        mma_tf32(c, a0.r[lo], a1.r[lo], a0.r[hi], a1.r[hi], b.r[lo], b.r[hi]);
+        mma_tf32(c, c, a0.r[lo], a1.r[lo], a0.r[hi], a1.r[hi], b.r[lo], b.r[hi]);
       } else {  // float to nearly its own precision: the products of both operands' high and low parts, but low * low
         const u32 a[4] = {a0.r[lo], a1.r[lo], a0.r[hi], a1.r[hi]}, w[2] = {b.r[lo], b.r[hi]};
         u32 ah[4], al[4], bh[2], bl[2];
@@ -41,9 +41,9 @@ struct Lanes {
         for (int i = 0; i < 4; ++i) split(a[i], ah[i], al[i]);
         FCM_UNROLL
         for (int i = 0; i < 2; ++i) split(w[i], bh[i], bl[i]);
-        mma_tf32(c, al[0], al[1], al[2], al[3], bh[0], bh[1]);
-        mma_tf32(c, ah[0], ah[1], ah[2], ah[3], bl[0], bl[1]);
-        mma_tf32(c, ah[0], ah[1], ah[2], ah[3], bh[0], bh[1]);
+        mma_tf32(c, c, al[0], al[1], al[2], al[3], bh[0], bh[1]);
+        mma_tf32(c, c, ah[0], ah[1], ah[2], ah[3], bl[0], bl[1]);
+        mma_tf32(c, c, ah[0], ah[1], ah[2], ah[3], bh[0], bh[1]);
       }
     }
   }

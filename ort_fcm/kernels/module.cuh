@@ -33,6 +33,7 @@ struct Module {
   static constexpr bool kFirstRegisters = !kFirst || first_in_registers(S);
   static constexpr int kWarpGroupsN = kProject ? warp_groups_n(S) : 1;
   static constexpr int kBlocks8 = L::kBlocks8;
+  static constexpr int kPackedRow = padded_out(S) / 8 * kFragment;  // project's weights of a group
 
   // Shared memory: what first reads, then two of each buffer.
   static constexpr int kHaloAt = first_input_bytes(S);
@@ -70,7 +71,10 @@ struct Module {
   }
 
   FCM_DEVICE int chunk(int step) const { return chunk0 + step * chunk_step; }
-  FCM_DEVICE static int groups(int chunk) { return min(kChunkGroups, middle_groups(S) - chunk * kChunkGroups); }
+  FCM_DEVICE static int groups(int chunk) {
+    if constexpr (packed_groups(S) == middle_groups(S)) return kChunkGroups;
+    return min(kChunkGroups, middle_groups(S) - chunk * kChunkGroups);
+  }
   FCM_DEVICE char* halo_buffer(int step) const { return shared + kHaloAt + (step & 1) * halo_bytes(S); }
   FCM_DEVICE char* first_buffer(int step) const { return shared + kFirstAt + (step & 1) * first_chunk_bytes(S); }
   FCM_DEVICE char* depthwise_buffer(int step) const {
@@ -85,43 +89,51 @@ struct Module {
 
   // ---- Copies ----------------------------------------------------------------------------------------------------------
 
-  FCM_DEVICE static void copy(char* to, const void* from, int bytes) {
-    for (int i = thread_index() * 16; i < bytes; i += kThreads * 16) copy_async(to + i, (const char*)from + i);
+  template <int BYTES>
+  FCM_DEVICE static void copy(char* to, const void* from) {
+    FCM_UNROLL
+    for (int i = 0; i < BYTES; i += kThreads * 16) {
+      const int at = i + thread_index() * 16;
+      if (i + kThreads * 16 <= BYTES || at < BYTES) copy_async(to + at, (const char*)from + at);
+    }
   }
-  FCM_DEVICE static void copy_vectors(char* to, Act act, const float* bias, const float* slope, int chunk, int groups) {
-    copy(to, bias + chunk * S.tile.chunk, groups * kGroup * 4);
-    if (act.kind == Activation::prelu)
-      copy(to + S.tile.chunk * 4, slope + chunk * S.tile.chunk, groups * kGroup * 4);
+  template <bool SLOPE>
+  FCM_DEVICE static void copy_vectors(char* to, const float* bias, const float* slope, int chunk) {
+    copy<S.tile.chunk * 4>(to, bias + chunk * S.tile.chunk);
+    if constexpr (SLOPE) copy<S.tile.chunk * 4>(to + S.tile.chunk * 4, slope + chunk * S.tile.chunk);
   }
   FCM_DEVICE void copy_first(int step) const {
     if constexpr (kFirst) {
       if (step < 0 || step >= steps) return;
-      const int c = chunk(step), g = groups(c);
+      constexpr int kBytes = kChunkGroups * first_group_bytes(S);
       char* to = first_buffer(step);
-      copy(to, (const char*)p.first_weight + (long long)c * kChunkGroups * first_group_bytes(S), g * first_group_bytes(S));
-      copy_vectors(to + kChunkGroups * first_group_bytes(S), S.first_act, p.first_bias, p.first_slope, c, g);
+      copy<kBytes>(to, (const char*)p.first_weight + (long long)chunk(step) * kBytes);
+      copy_vectors<S.first_act.kind == Activation::prelu>(to + kBytes, p.first_bias, p.first_slope, chunk(step));
     }
   }
   FCM_DEVICE void copy_depthwise(int step) const {
     if constexpr (S.depthwise) {
       if (step < 0 || step >= steps) return;
-      const int c = chunk(step), g = groups(c);
+      constexpr int kBytes = kChunkGroups * depthwise_group_bytes(S);
       char* to = depthwise_buffer(step);
-      copy(to, (const char*)p.depthwise_weight + (long long)c * kChunkGroups * depthwise_group_bytes(S),
-           g * depthwise_group_bytes(S));
-      copy_vectors(to + kChunkGroups * depthwise_group_bytes(S), S.depthwise_act, p.depthwise_bias, p.depthwise_slope,
-                   c, g);
+      copy<kBytes>(to, (const char*)p.depthwise_weight + (long long)chunk(step) * kBytes);
+      copy_vectors<S.depthwise_act.kind == Activation::prelu>(to + kBytes, p.depthwise_bias, p.depthwise_slope,
+                                                              chunk(step));
     }
   }
   FCM_DEVICE void copy_project(int step) const {
     if constexpr (kProject) {
       if (step < 0 || step >= steps) return;
-      const int c = chunk(step), g = groups(c);
-      const int bytes = min(block_n(S), padded_out(S) - block_y() * block_n(S)) / 8 * kFragment;
-      for (int gi = 0; gi < g; ++gi) {
-        const long long from =
-            ((long long)(c * kChunkGroups + gi) * (padded_out(S) / 8) + block_y() * (block_n(S) / 8)) * kFragment;
-        copy(project_buffer(step) + gi * (block_n(S) / 8) * kFragment, (const char*)p.project_weight + from, bytes);
+      constexpr int kRow = block_n(S) / 8 * kFragment;  // of a group, this block's channels
+      const char* from = (const char*)p.project_weight + (long long)chunk(step) * kChunkGroups * kPackedRow +
+                         block_y() * kRow;
+      if constexpr (kRow == kPackedRow) {
+        copy<kChunkGroups * kRow>(project_buffer(step), from);
+      } else {  // the last block may have fewer channels
+        const int bytes = min(kRow, kPackedRow - block_y() * kRow);
+        for (int gi = 0; gi < kChunkGroups; ++gi)
+          for (int i = thread_index() * 16; i < bytes; i += kThreads * 16)
+            copy_async(project_buffer(step) + gi * kRow + i, from + gi * kPackedRow + i);
       }
     }
   }
@@ -455,7 +467,9 @@ struct Module {
       copy_async_commit();
     }
     if constexpr (S.depthwise) {  // what lies outside the middle map is zero, and nothing writes it again
-      for (int i = thread_index() * 16; i < 2 * halo_bytes(S); i += kThreads * 16) *(Vec*)(shared + kHaloAt + i) = Vec{};
+      if (place.crosses_border())
+        for (int i = thread_index() * 16; i < 2 * halo_bytes(S); i += kThreads * 16)
+          *(Vec*)(shared + kHaloAt + i) = Vec{};
       if constexpr (!kFirst) block_sync();
     }
     copy_step(0);

@@ -1,5 +1,6 @@
 // Weights in the order in which the kernels read them (lanes.cuh says why): each 16 bytes are what one lane of a warp
-// multiplies with, and a chunk of middle channels is contiguous. Channels that pad a group are zero. Host only.
+// multiplies with, and a chunk of middle channels is contiguous. Channels that pad a group, and groups that pad a
+// chunk, are zero. Host only.
 #pragma once
 
 #include <cstddef>
@@ -35,13 +36,13 @@ void pack_block(const Spec& s, const float* w, int outputs, int depth, int kg, i
 }
 
 inline std::size_t packed_first_bytes(const Spec& s) {
-  return s.first == Dense::none ? 0 : (std::size_t)middle_groups(s) * first_group_bytes(s);
+  return s.first == Dense::none ? 0 : (std::size_t)packed_groups(s) * first_group_bytes(s);
 }
 // w: [c_mid, depth], the weight as Conv has it.
 inline void pack_first(const Spec& s, const float* w, void* out) {
   const int g = group(s.type), lane = lane_channels(s.type), steps = first_steps(s), depth = first_depth(s);
   char* to = (char*)out;
-  for (int mg = 0; mg < middle_groups(s); ++mg)
+  for (int mg = 0; mg < packed_groups(s); ++mg)
     for (int j = 0; j < g / 8; ++j) {
       const auto channel = [&](int r) { return mg * g + r / 2 * lane + 2 * j + r % 2; };
       for (int kg = 0; kg * 2 < steps; ++kg) {
@@ -53,13 +54,13 @@ inline void pack_first(const Spec& s, const float* w, void* out) {
 }
 
 inline std::size_t packed_depthwise_bytes(const Spec& s) {
-  return s.depthwise ? (std::size_t)middle_groups(s) * depthwise_group_bytes(s) : 0;
+  return s.depthwise ? (std::size_t)packed_groups(s) * depthwise_group_bytes(s) : 0;
 }
 // w: [c_mid, 1, kernel_h, kernel_w].
 inline void pack_depthwise(const Spec& s, const float* w, void* out) {
   const int g = group(s.type), taps = depthwise_taps(s);
   char* to = (char*)out;
-  for (int mg = 0; mg < middle_groups(s); ++mg)
+  for (int mg = 0; mg < packed_groups(s); ++mg)
     for (int tap = 0; tap < taps; ++tap)
       for (int c = mg * g; c < (mg + 1) * g; ++c, to += element_bytes(s.type)) {
         const float x = c < s.c_mid ? w[(std::size_t)c * taps + tap] : 0.f;
@@ -71,13 +72,13 @@ inline void pack_depthwise(const Spec& s, const float* w, void* out) {
 }
 
 inline std::size_t packed_project_bytes(const Spec& s) {
-  return has_project(s) ? (std::size_t)middle_groups(s) * (padded_out(s) / 8) * kFragment : 0;
+  return has_project(s) ? (std::size_t)packed_groups(s) * (padded_out(s) / 8) * kFragment : 0;
 }
 // w: [c_out, depth].
 inline void pack_project(const Spec& s, const float* w, void* out) {
   const int g = group(s.type), blocks = g / 8, depth = middle_channels(s);
   char* to = (char*)out;
-  for (int kg = 0; kg < middle_groups(s); ++kg)
+  for (int kg = 0; kg < packed_groups(s); ++kg)
     for (int b = 0; b < padded_out(s) / 8; ++b, to += kFragment) {
       const int base = b / blocks * g, j = b % blocks;
       const int lane = base + g > padded_out(s) ? lane_channels(s.type) / 2 : lane_channels(s.type);
@@ -87,7 +88,7 @@ inline void pack_project(const Spec& s, const float* w, void* out) {
 
 // Biases and slopes stay in channel order, padded with zeros; `padded_vector` is their length in floats.
 inline int padded_vector(const Spec& s, bool project) {
-  return project ? round_up(s.c_out, group(s.type)) : middle_groups(s) * group(s.type);
+  return project ? round_up(s.c_out, group(s.type)) : packed_groups(s) * group(s.type);
 }
 inline void pack_vector(const float* v, int channels, int padded, float* out) {
   for (int c = 0; c < padded; ++c) out[c] = v && c < channels ? v[c] : 0.f;

@@ -97,6 +97,16 @@ FCM_DEVICE u32 half2_pack(float low, float high) {
 #endif
   return d;
 }
+// max(x, 0) of both.
+FCM_DEVICE u32 half2_pack_relu(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  u32 d;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+  return d;
+#else
+  return half2_pack(fmaxf(low, 0.f), fmaxf(high, 0.f));
+#endif
+}
 FCM_DEVICE float half_float(unsigned short x) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(x));
@@ -108,6 +118,17 @@ FCM_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
   u32 d;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
+}
+// max(a * b + c, 0)
+FCM_DEVICE u32 half2_fma_relu(u32 a, u32 b, u32 c) {
+#if __CUDA_ARCH__ >= 800
+  u32 d;
+  asm("fma.rn.relu.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+#else
+  const u32 d = half2_fma(a, b, c);
+  return half2_pack_relu(half_float((unsigned short)(d & 0xffff)), half_float((unsigned short)(d >> 16)));
+#endif
 }
 FCM_DEVICE u32 half2_max(u32 a, u32 b) {
   u32 d;
@@ -128,39 +149,42 @@ FCM_DEVICE u32 half2_min(u32 a, u32 b) {
   return d;
 }
 
-// ---- Tensor-core products: c[16 x 8] += a * b, operands as the hardware lays them over the lanes of a warp -----------------
+// ---- Tensor-core products: d[16 x 8] = a * b + c, operands as the hardware lays them over the lanes of a warp -------------
 
 // a is 16 x 16, b 16 x 8, both half.
-FCM_DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+FCM_DEVICE void mma_half(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #else
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(b0));
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a2), "r"(a3), "r"(b1));
+  float e[4];
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+      : "=f"(e[0]), "=f"(e[1]), "=f"(e[2]), "=f"(e[3])
+      : "r"(a0), "r"(a1), "r"(b0), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a2), "r"(a3), "r"(b1), "f"(e[0]), "f"(e[1]), "f"(e[2]), "f"(e[3]));
 #endif
 }
 
 // a is 16 x 8, b 8 x 8, both float rounded to TF32; before sm_80, exact float products over shuffles.
-FCM_DEVICE void mma_tf32(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+FCM_DEVICE void mma_tf32(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #else
   const int lane = threadIdx.x % 32, column = lane % 4 * 8;
+  FCM_UNROLL
+  for (int i = 0; i < 4; ++i) d[i] = c[i];
   for (int k = 0; k < 8; ++k) {
     const int row_lane = (lane & ~3) | (k & 3);
     const float x0 = bits_float(__shfl_sync(~0u, k < 4 ? a0 : a2, row_lane));
     const float x1 = bits_float(__shfl_sync(~0u, k < 4 ? a1 : a3, row_lane));
     const float y0 = bits_float(__shfl_sync(~0u, k < 4 ? b0 : b1, column + (k & 3)));
     const float y1 = bits_float(__shfl_sync(~0u, k < 4 ? b0 : b1, column + 4 + (k & 3)));
-    c[0] += x0 * y0, c[1] += x0 * y1, c[2] += x1 * y0, c[3] += x1 * y1;
+    d[0] += x0 * y0, d[1] += x0 * y1, d[2] += x1 * y0, d[3] += x1 * y1;
   }
 #endif
 }

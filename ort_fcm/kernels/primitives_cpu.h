@@ -240,6 +240,11 @@ FCM_DEVICE float half2_high(u32 x) { return half_to_float((std::uint16_t)(x >> 1
 FCM_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
   return half2_pack(half2_low(a) * half2_low(b) + half2_low(c), half2_high(a) * half2_high(b) + half2_high(c));
 }
+FCM_DEVICE u32 half2_pack_relu(float low, float high) { return half2_pack(std::fmax(low, 0.f), std::fmax(high, 0.f)); }
+FCM_DEVICE u32 half2_fma_relu(u32 a, u32 b, u32 c) {
+  const u32 d = half2_fma(a, b, c);
+  return half2_pack_relu(half2_low(d), half2_high(d));
+}
 FCM_DEVICE float maximum(float a, float b) { return std::fmax(a, b); }
 FCM_DEVICE float minimum(float a, float b) { return std::fmin(a, b); }
 FCM_DEVICE u32 half2_max(u32 a, u32 b) {
@@ -249,28 +254,30 @@ FCM_DEVICE u32 half2_min(u32 a, u32 b) {
   return half2_pack(minimum(half2_low(a), half2_low(b)), minimum(half2_high(a), half2_high(b)));
 }
 
-FCM_DEVICE void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+FCM_DEVICE void mma_half(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   cpu::publish(a0, a1, a2, a3, b0, b1);
   const cpu::Warp& w = cpu::warp();
   const auto half = [](u32 pair, int i) { return i % 2 ? half2_high(pair) : half2_low(pair); };
   for (int i = 0; i < 4; ++i) {
     const int row = cpu::lane() / 4, column = cpu::lane() % 4 * 2 + i % 2;
+    d[i] = c[i];
     for (int k = 0; k < 16; ++k) {
       const float x = half(w.a[row * 4 + k % 8 / 2][k / 8 * 2 + i / 2], k);
-      c[i] += x * half(w.b[column * 4 + k % 8 / 2][k / 8], k);
+      d[i] += x * half(w.b[column * 4 + k % 8 / 2][k / 8], k);
     }
   }
   cpu::pass(cpu::warp().gate);
 }
-FCM_DEVICE void mma_tf32(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+FCM_DEVICE void mma_tf32(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   cpu::publish(a0, a1, a2, a3, b0, b1);
   const cpu::Warp& w = cpu::warp();
   for (int i = 0; i < 4; ++i) {
     const int row = cpu::lane() / 4, column = cpu::lane() % 4 * 2 + i % 2;
+    d[i] = c[i];
     for (int k = 0; k < 8; ++k) {
       const u32 mask = ~0x1fffu;  // the hardware reads no more than TF32's bits
       const float x = bits_float(w.a[row * 4 + k % 4][k / 4 * 2 + i / 2] & mask);
-      c[i] += x * bits_float(w.b[column * 4 + k % 4][k / 4] & mask);
+      d[i] += x * bits_float(w.b[column * 4 + k % 4][k / 4] & mask);
     }
   }
   cpu::pass(cpu::warp().gate);

@@ -124,6 +124,8 @@ constexpr int middle_channels(const Spec& s) {
 constexpr int middle_groups(const Spec& s) { return ceil_div(middle_channels(s), group(s.type)); }
 constexpr int chunk_groups(const Spec& s) { return s.tile.chunk / group(s.type); }
 constexpr int chunks(const Spec& s) { return ceil_div(middle_groups(s), chunk_groups(s)); }
+// Packed weights have whole chunks, so that a copy's size is a constant; groups that pad are not computed.
+constexpr int packed_groups(const Spec& s) { return chunks(s) * chunk_groups(s); }
 
 constexpr bool has_project(const Spec& s) { return s.project != Dense::none; }
 constexpr int padded_out(const Spec& s) {

@@ -22,6 +22,7 @@ struct TilePlace {
   int image0, y0, x0;                 // of the output tile
   int top, left, rows, columns;       // the part of the halo region that lies on the middle map, and its place in it
   int images;                         // images present
+  float per_column, per_area;         // 1 / columns, 1 / (rows * columns)
 
   FCM_DEVICE explicit TilePlace(const Params& p) {
     if constexpr (S.depthwise) {
@@ -32,16 +33,22 @@ struct TilePlace {
       const int ys = y0 * W.stride_h - W.pad_top, xs = x0 * W.stride_w - W.pad_left;
       top = max(0, -ys), left = max(0, -xs);
       rows = max(0, min(halo_h(S), p.mid_h - ys) - top), columns = max(0, min(halo_w(S), p.mid_w - xs) - left);
+      per_column = 1.f / max(1, columns), per_area = 1.f / max(1, rows * columns);
     } else {
-      image0 = y0 = x0 = top = left = rows = columns = images = 0;
+      image0 = y0 = x0 = top = left = rows = columns = images = 0, per_column = per_area = 0;
     }
   }
 
   FCM_DEVICE int halo_pixels() const { return images * rows * columns; }
+  FCM_DEVICE bool crosses_border() const { return rows < halo_h(S) || columns < halo_w(S); }
+
+  // i / n from 1 / n: exact below 2^20, since (i + 1/2) / n is at least 1/2n away from an integer.
+  FCM_DEVICE static int divide(int i, float per_n) { return (int)((i + 0.5f) * per_n); }
 
   // The i-th valid pixel of the halo region: its coordinates on the middle map.
   FCM_DEVICE Pixel halo_pixel(int i) const {
-    const int area = rows * columns, image = i / area, y = i % area / columns, x = i % area % columns;
+    const int area = rows * columns, image = S.tile.images > 1 ? divide(i, per_area) : 0, rest = i - image * area;
+    const int y = divide(rest, per_column), x = rest - y * columns;
     return {image0 + image, y0 * W.stride_h - W.pad_top + top + y, x0 * W.stride_w - W.pad_left + left + x,
             i < halo_pixels()};
   }
