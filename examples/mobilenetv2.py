@@ -37,16 +37,28 @@ class _Graph:
         return f"{name}_output"
 
     def conv(
-        self, x: str, name: str, c_in: int, c_out: int, kernel: int, stride: int = 1, *, depthwise: bool = False,
-        clip: bool = True, power: float = 1.0,
+        self,
+        x: str,
+        name: str,
+        c_in: int,
+        c_out: int,
+        kernel: int,
+        stride: int = 1,
+        *,
+        depthwise: bool = False,
+        clip: bool = True,
+        power: float = 1.0,
     ) -> str:
         """Convolution and bias, then Clip(0, 6). `power` is the mean square of `x`."""
         shape = (c_out, 1 if depthwise else c_in, kernel, kernel)
         weight = self.rng.standard_normal(shape) / math.sqrt(math.prod(shape[1:]) * power)
         y = self.node(
             "Conv",
-            [x, self.constant(f"{name}.weight", weight),
-             self.constant(f"{name}.bias", 0.1 * self.rng.standard_normal(c_out))],
+            [
+                x,
+                self.constant(f"{name}.weight", weight),
+                self.constant(f"{name}.bias", 0.1 * self.rng.standard_normal(c_out)),
+            ],
             f"{name}/Conv",
             kernel_shape=[kernel, kernel],
             strides=[stride, stride],

@@ -465,7 +465,14 @@ def bench(
         done = rewrite(stock, gpu=gpu, check=False)  # checked below, against stock on the device
         results.append(
             measure(
-                name, stock, done.model, device=device, runs=runs, warmup=warmup, seed=seed, tf32=tf32,
+                name,
+                stock,
+                done.model,
+                device=device,
+                runs=runs,
+                warmup=warmup,
+                seed=seed,
+                tf32=tf32,
                 report=summary(done.report),
             )
         )

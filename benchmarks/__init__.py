@@ -1,0 +1,1 @@
+"""Measurements on a GPU, and what they share with the tests: single modules and float64 references."""

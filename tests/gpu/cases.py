@@ -1,0 +1,78 @@
+"""Random modules: every kind of chain, odd sizes, whatever the op allows."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from benchmarks.case import Case, Stage
+from benchmarks.convolution import ACTIVATIONS
+
+CHAINS = ("dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw")
+
+
+def params_of(activation: str, rng: np.random.Generator) -> tuple[float, float]:
+    """Parameters that mean something to `activation`, drawn anew."""
+    if activation == "clip":
+        low = float(np.round(rng.uniform(-1.5, 0.2), 2))
+        return low, float(np.round(low + rng.uniform(0.3, 6), 2))
+    if activation == "hardsigmoid":
+        return float(np.round(rng.uniform(0.1, 0.4), 3)), 0.5
+    if activation == "leakyrelu":
+        return float(np.round(rng.uniform(0.01, 0.3), 3)), 0.0
+    return 0.0, 0.0
+
+
+def _pick(rng: np.random.Generator, *values: int) -> int:
+    return int(rng.choice(values))
+
+
+def _stage(kind: str, c_in: int, activation: str, rng: np.random.Generator) -> Stage:
+    c_out = c_in if kind == "dw" else int(rng.integers(1, 80))
+    params, bias = params_of(activation, rng), bool(rng.random() < 0.8)
+    if kind == "pw":
+        stride = (_pick(rng, 1, 1, 1, 2), _pick(rng, 1, 1, 1, 2))
+        return Stage(kind, c_in, c_out, stride=stride, activation=activation, params=params, bias=bias)
+    kernel = (_pick(rng, 3, 3, 5, 7), _pick(rng, 3, 3, 5, 7)) if rng.random() < 0.4 else (_pick(rng, 3, 3, 5, 7),) * 2
+    dilation = (_pick(rng, 1, 1, 1, 2, 3), _pick(rng, 1, 1, 1, 2, 3))
+    reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+    if rng.random() < 0.6:  # as exporters pad
+        pads = (reach[0] // 2, reach[1] // 2, reach[0] - reach[0] // 2, reach[1] - reach[1] // 2)
+    else:
+        pads = tuple(int(rng.integers(0, reach[i % 2] + 1)) for i in range(4))  # type: ignore[assignment]
+    return Stage(kind, c_in, c_out, (kernel[0], kernel[1]), (_pick(rng, 1, 1, 2), _pick(rng, 1, 1, 2)), dilation, pads,
+                 activation, params, bias)  # fmt: skip
+
+
+def random_case(chain: str, dtype: str, number: int, seed: int, tile: str = "") -> Case:
+    """The `number`-th case of a chain: numbers 0 to 11 put each activation behind each stage, and behind an Add."""
+    kinds = chain.split("-")
+    rng = np.random.default_rng([seed, number, CHAINS.index(chain), ("float16", "tf32", "float32").index(dtype)])
+    while True:
+        c_in = int(rng.integers(1, 5) if kinds[0] == "conv" and len(kinds) > 1 else rng.integers(1, 80))
+        h, w = (int(v) for v in rng.integers(1, 24, 2))
+        stages: list[Stage] = []
+        size, channels = (h, w), c_in
+        for i, kind in enumerate(kinds):
+            stages.append(_stage(kind, channels, ACTIVATIONS[(number + 5 * i) % 12], rng))
+            size, channels = stages[-1].out_size(size), stages[-1].c_out
+            if min(size) < 1:
+                break
+        if min(size) >= 1:
+            break
+    residual = bool(number % 3 == 2 or rng.random() < 0.2)
+    after = ACTIVATIONS[number % 12]
+    after = "none" if after == "prelu" or not residual else after  # a slope belongs to a stage
+    return Case(
+        tuple(stages),
+        dtype,
+        batch=int(rng.integers(1, 4)),
+        h=h,
+        w=w,
+        residual=residual,
+        output_activation=after,
+        output_params=params_of(after, rng),
+        input_nchw=bool(rng.random() < 0.3),
+        output_nchw=bool(rng.random() < 0.3),
+        tile=tile,
+        seed=seed,
+    )

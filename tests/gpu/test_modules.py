@@ -1,0 +1,70 @@
+"""FusedConvModule in ONNX Runtime: every chain x type x activation against float64, on the CPU and the CUDA provider.
+
+Inputs and outputs lie between guards of NaN and the output is poisoned first, so a stray access shows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from benchmarks.case import Session, complaint, data_of
+from benchmarks.convolution import ACTIVATIONS
+from tests.gpu.cases import CHAINS, random_case
+
+
+def _types(provider: str) -> tuple[str, ...]:
+    return ("float16", "float32") if provider == "cpu" else ("float16", "tf32", "float32")
+
+
+@pytest.mark.parametrize("number", range(12), ids=ACTIVATIONS)
+@pytest.mark.parametrize("chain", CHAINS)
+def test_every_chain_and_activation(chain: str, number: int, provider: str, seed: int) -> None:
+    for dtype in _types(provider):
+        case = random_case(chain, dtype, number, seed)
+        data = data_of(case)
+        wrong = complaint(case, data, Session(case, data, provider).run(case, data), provider)
+        assert wrong is None, wrong
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_dynamic_shapes(chain: str, provider: str, seed: int) -> None:
+    """One session, one kernel: any batch, height and width, in any order."""
+    for dtype in _types(provider):
+        case = random_case(chain, dtype, 100, seed)
+        data = data_of(case)
+        session = Session(case, data, provider, dynamic=True)
+        for batch, taller, wider in ((1, 0, 0), (3, 9, 2), (2, 1, 40), (1, 0, 0), (5, 30, 17)):
+            other = replace(case, batch=batch, h=case.h + taller, w=case.w + wider)
+            fresh = replace(data_of(other), weights=data.weights, biases=data.biases, slopes=data.slopes)
+            wrong = complaint(other, fresh, session.run(other, fresh), provider)
+            assert wrong is None, f"batch {batch}, {other.h} x {other.w}: {wrong}"
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_runs_again_with_the_same_bits(chain: str, provider: str, seed: int) -> None:
+    """No sum depends on which thread comes first."""
+    case = random_case(chain, "float16", 101, seed)
+    data = data_of(case)
+    session = Session(case, data, provider)
+    first = session.run(case, data)
+    for _ in range(3):
+        np.testing.assert_array_equal(session.run(case, data), first, err_msg=case.to_line())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("dtype", ["float16", "tf32", "float32"])
+def test_graph_capture(chain: str, dtype: str, seed: int) -> None:
+    """Replays of a captured graph see changed inputs and write all of their output."""
+    pytest.importorskip("cupy")
+    case = random_case(chain, dtype, 102, seed)
+    data = data_of(case)
+    session = Session(case, data, "cuda", graph=True)
+    for step in range(4):
+        fresh = data_of(replace(case, seed=case.seed + step))
+        fresh = replace(fresh, weights=data.weights, biases=data.biases, slopes=data.slopes)
+        wrong = complaint(case, fresh, session.run(case, fresh), "cuda")
+        assert wrong is None, f"run {step}: {wrong}"
