@@ -9,80 +9,33 @@ provider; else in float32 at batch 1, compared on the CPU provider.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import mobilenetv2
 import onnx
-from rich.console import Console
-from rich.table import Table
+from rich import print as show
 
 import ort_fcm
 from ort_fcm import bench
 from ort_fcm.rewrite.load import load
 
 
-def mebibytes(count: float) -> str:
-    return f"{count / 2**20:.2f}"
-
-
-def plan_table(report: Mapping[str, Any]) -> Table:
-    """A row a module: its variant, tile, traffic and estimated time."""
-    table = Table(title=f"plan for {report['gpu']}")
-    for column in ("module", "variant", "layers", "tile"):
-        table.add_column(column, overflow="fold")
-    for column in ("MiB", "us"):
-        table.add_column(column, justify="right")
-    for module in report["modules"]:
-        table.add_row(
-            module["name"],
-            module["variant"],
-            str(len(module["nodes"])),
-            module["tile"] or "the library's choice",
-            mebibytes(module["traffic_bytes"]),
-            f"{module['time_us']:.1f}",
-        )
-    return table
-
-
-def print_plan(console: Console, report: Mapping[str, Any]) -> None:
-    console.print(plan_table(report))
-    reasons: dict[str, int] = {}
-    for skipped in report["skipped"]:
-        reasons[skipped["reason"]] = reasons.get(skipped["reason"], 0) + 1
-    for reason, count in sorted(reasons.items(), key=lambda item: -item[1]):
-        console.print(f"  left alone: {count} x {reason}")
-    traffic = report["traffic_bytes"]
-    console.print(
-        f"{report['in_modules']} of {report['convolutions']} convolutions in {len(report['modules'])} modules; "
-        f"estimated traffic {mebibytes(traffic['before'])} -> {mebibytes(traffic['after'])} MiB a run"
-    )
-
-
-def compare(console: Console, model: onnx.ModelProto, name: str, batch: int | None, device: str, args: Any) -> bool:
+def compare(model: onnx.ModelProto, name: str, batch: int | None, device: str, gpu: str) -> bool:
     """One batch: rewrite, print, check and time. Whether the numbers agree."""
     stock = bench.fix_shapes(model, batch)
-    done = ort_fcm.rewrite(stock, gpu=args.gpu)  # checks the numbers on the CPU provider as well
-    report = done.report.to_dict()
-    print_plan(console, report)
-    result = bench.measure(
-        name,
-        stock,
-        done.model,
-        device=device,
-        runs=200 if device == "cuda" else 20,
-        warmup=30 if device == "cuda" else 2,
-        report=bench.summary(report),
-    )
-    console.print(bench.table([result]))
+    done = ort_fcm.rewrite(stock, gpu=gpu)  # which checks the numbers on the CPU provider first
+    done.report.print()
+    runs, warmup = (200, 30) if device == "cuda" else (20, 2)
+    result = bench.measure(name, stock, done.model, device=device, runs=runs, warmup=warmup)
+    show(bench.table([result]))
     if device == "cpu":
-        console.print(
-            "[bold]No NVIDIA GPU: timed on the CPU provider.[/bold] The CPU kernel exists for right answers, not for "
-            "speed: these times say nothing about a GPU."
+        show(
+            "[bold]No NVIDIA GPU here, so this was the CPU provider.[/bold] The library's CPU kernel is there for right"
+            " answers, not for speed: these times say nothing about a GPU."
         )
-    console.print("numbers: PASSED" if result.passed else "[bold red]numbers: FAILED[/bold red]")
+    show("Numbers against stock: PASSED" if result.passed else "[bold red]Numbers against stock: FAILED")
     return result.passed
 
 
@@ -93,14 +46,14 @@ def main() -> int:
     parser.add_argument("--batch", default="", help="comma separated; default: the model's own, or 1")
     parser.add_argument("--dtype", choices=["float32", "float16"], help="of the MobileNetV2 built here")
     args = parser.parse_args()
-    console = Console()
+    if not sys.stdout.isatty():
+        os.environ.setdefault("COLUMNS", "150")
     try:
-        try:
-            device = bench.require_provider("cuda")
-        except ort_fcm.FcmError as error:
-            console.print(f"{error}")
-            device = "cpu"
-        batches: list[int | None]
+        device = bench.require_provider("cuda")
+    except ort_fcm.FcmError:
+        device = "cpu"
+    batches: list[int | None]
+    try:
         if args.model:
             model, name, batches = load(args.model), args.model.stem, [None]
         elif device == "cuda":
@@ -109,7 +62,7 @@ def main() -> int:
             model, name, batches = mobilenetv2.build(dtype=args.dtype or "float32"), "mobilenetv2", [1]
         if args.batch:
             batches = [int(batch) for batch in args.batch.split(",")]
-        passed = [compare(console, model, name, batch, device, args) for batch in batches]
+        passed = [compare(model, name, batch, device, args.gpu) for batch in batches]
     except ort_fcm.FcmError as error:
         print(error, file=sys.stderr)
         return error.exit_code

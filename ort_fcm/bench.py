@@ -497,21 +497,25 @@ def table(results: Sequence[Result]) -> Any:
     """A rich table of `results`: median, p99 and the ratio of the best stock setting's median to each."""
     from rich.table import Table
 
-    out = Table(title="milliseconds a batch; ratio: best stock time over this one")
+    out = Table(title="Milliseconds a batch; ratio: the best stock time over this one")
     for column in ("network", "type", "batch", "setting"):
         out.add_column(column)
     for column in ("median", "p99", "ratio", "difference"):
-        out.add_column(column, justify="right")
+        out.add_column(column, justify="right", no_wrap=True)
     for result in results:
         stock = result.best(False)
+        head = [result.network, result.dtype, str(result.batch)]
         for timing in result.timings:
-            head = (result.network, result.dtype, str(result.batch), timing.setting.name)
-            if timing.median_ms is None:
-                out.add_row(*head, "did not run", "", "", "")
-                continue
-            ratio = stock.median_ms / timing.median_ms if stock and stock.median_ms else float("nan")
-            out.add_row(
-                *head, f"{timing.median_ms:.3f}", f"{timing.p99_ms:.3f}", f"{ratio:.2f}", f"{timing.difference:.1e}"
-            )
+            numbers = ["did not run", "", "", ""]
+            if timing.median_ms and timing.p99_ms and timing.difference is not None:
+                ratio = stock.median_ms / timing.median_ms if stock and stock.median_ms else float("nan")
+                numbers = [
+                    f"{timing.median_ms:.3f}",
+                    f"{timing.p99_ms:.3f}",
+                    f"{ratio:.2f}",
+                    f"{timing.difference:.1e}",
+                ]
+            out.add_row(*head, timing.setting.name, *numbers)
+            head = ["", "", ""]
         out.add_section()
     return out
