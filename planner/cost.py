@@ -45,7 +45,7 @@ class Priors:
 
 PRIORS = Priors()
 
-# By compute capability, the largest not above the GPU's: m16n8k16 products (float16; for TF32, m16n8k8) that an SM starts
+# By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
 # in a clock, and the share of that which mma.sync reaches where all of it takes wgmma or tcgen05.
 _TENSOR = {75: (0.25, 1.0), 80: (0.5, 1.0), 86: (0.25, 1.0), 87: (0.5, 1.0), 89: (0.25, 1.0), 90: (1.0, 0.65),
            100: (1.0, 0.3), 120: (0.25, 1.0)}  # fmt: skip

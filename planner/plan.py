@@ -127,8 +127,8 @@ def _spatial(seg: Segment, least_filled: float) -> Iterator[Tile]:
         for tile_h in sorted({round_up(height, patch_h) for height in _lengths(out_h, False)}):
             for tile_w in widths:
                 whole = tile_h >= out_h and tile_w >= out_w
-                if not whole and not tile_h <= 4 * tile_w <= 16 * tile_h:
-                    continue  # long tiles have more halo
+                if tile_w < widths[-1] and not tile_h <= 4 * tile_w <= 16 * tile_h:
+                    continue  # long tiles have more halo, but for bands of whole rows
                 patches = tile_h // patch_h * tile_w // 2
                 for images in (1, 2, 4, 8) if whole else (1,):
                     warps_m = ceil_div(images * patches, 8)
