@@ -1,7 +1,7 @@
 """Find the activation that follows a tensor, however it is spelled.
 
-Exporters write HardSwish, SiLU or GELU in dozens of ways: Add-Clip-Div-Mul, HardSigmoid-Mul, Mul(x, Clip(x + 3)) / 6 and
-so on. Instead of a pattern for each, the elementwise nodes behind a tensor, as far as they depend on it and on scalars
+Exporters write HardSwish, SiLU or GELU in dozens of ways: Add-Clip-Div-Mul, HardSigmoid-Mul, x * Clip(x + 3) / 6 and so
+on. Instead of a pattern for each, the elementwise nodes behind a tensor, as far as they depend on it and on scalars
 only, are evaluated as a function of one number on a grid, and compared with the activations that kernels know.
 """
 
@@ -18,7 +18,8 @@ from ort_fcm.rewrite.graph import Array, View, attributes
 
 MOST_NODES = 12  # of an activation: the tanh form of GELU has 8
 HUGE = float(np.finfo(np.float32).max)  # stands for "no bound" in a clip
-_GRID = np.concatenate([np.linspace(-12, 12, 2401), [-3e38, -1e5, -1e3, -100, -20, 20, 100, 1e3, 1e5, 3e38]])
+_PROBES = (-1.0, 0.0, 0.0625)  # where parameters are read off
+_GRID = np.concatenate([_PROBES, np.linspace(-12, 12, 2401), [-3e38, -1e5, -1e3, -100, -20, 20, 100, 1e3, 1e5, 3e38]])
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,9 @@ def _candidates(f: Array) -> dict[tuple[str, float, float], Array]:
     """What a function of these values on the grid could be. Parameters are read off the values."""
     x = _GRID
     low, high = float(f.min()), float(f.max())
-    at = {point: float(f[np.searchsorted(x[:2401], point)]) for point in (-1.0, 0.0, 0.1)}
     low, high = (-HUGE if low == x.min() else low), (HUGE if high == x.max() else high)
-    leak, slope = -at[-1.0], (at[0.1] - at[0.0]) / 0.1
+    leak, middle = -float(f[0]), float(f[1])
+    slope = (float(f[2]) - middle) / _PROBES[2]
     return {
         ("none", 0, 0): x,
         ("relu", 0, 0): np.maximum(x, 0),
@@ -74,11 +75,11 @@ def _candidates(f: Array) -> dict[tuple[str, float, float], Array]:
         ("gelu_tanh", 0, 0): _gelu_tanh(x),
         ("clip", low, high): _clip(x, low, high),
         ("leakyrelu", leak, 0): _leaky(x, leak),
-        ("hardsigmoid", slope, at[0.0]): _clip(slope * x + at[0.0], 0, 1),
+        ("hardsigmoid", slope, middle): _clip(slope * x + middle, 0, 1),
     }
 
 
-def _evaluate(node: NodeProto, args: list[Array | float]) -> Array | None:
+def _evaluate(node: NodeProto, args: list[Array]) -> Array | None:
     """The node's value for inputs of one element each (None: not elementwise, or not known here)."""
     a = attributes(node)
     x = args[0]
@@ -133,26 +134,27 @@ def activation_after(view: View, tensor: str, channels: int) -> Activation:
                 break
             nodes.append(found)
             values[view.nodes[found].output[0]] = value
-            exits = [
-                name for name in values if view.is_output(name) or any(i not in nodes for i, _ in view.uses(name))
-            ]
-            if len(exits) == 1 and exits[0] != tensor:
-                if match := _recognise(values[exits[0]], tolerance):
-                    best = Activation(*match, nodes=tuple(nodes), output=exits[0])
+            exits = [name for name in values if view.is_output(name) or any(i not in nodes for i, _ in view.uses(name))]
+            match = _recognise(values[exits[0]], tolerance) if len(exits) == 1 and exits[0] != tensor else None
+            if match:
+                best = Activation(*match, nodes=tuple(nodes), output=exits[0])
     return best
 
 
 def _value(view: View, index: int, values: dict[str, Array]) -> Array | None:
     node = view.nodes[index]
-    args: list[Array | float] = []
+    args: list[Array] = []
     for slot, name in enumerate(node.input):
         name = view.name(name)
-        scalar = values.get(name, view.scalar(name) if name else None)
-        if scalar is None and not name and node.op_type == "Clip":
+        if name in values:
+            args.append(values[name])
+            continue
+        scalar = view.scalar(name) if name else None
+        if not name and node.op_type == "Clip":
             scalar = (0.0, -np.inf, np.inf)[slot]
         if scalar is None:
             return None
-        args.append(scalar)
+        args.append(np.float64(scalar))  # type: ignore[arg-type]
     return _evaluate(node, args)
 
 

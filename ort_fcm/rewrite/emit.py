@@ -170,9 +170,7 @@ def _attributes(segment: Segment, last_in: bool, last_out: bool, gpu: str) -> di
         "dilations": [n for stage in stages for n in stage.dilations],
         "pads": [n for stage in stages for n in stage.pads],
         "activations": ",".join(stage.activation.kind for stage in stages),
-        "activation_params": [
-            float(n) for stage in stages for n in (stage.activation.alpha, stage.activation.beta)
-        ],
+        "activation_params": [float(n) for stage in stages for n in (stage.activation.alpha, stage.activation.beta)],
         "input_layout": "NHWC" if last_in else "NCHW",
         "output_layout": "NHWC" if last_out else "NCHW",
         "tile": segment.tile,

@@ -19,13 +19,13 @@ from ort_fcm.rewrite.shapes import Shapes
 Array = NDArray[Any]
 
 # Of one tensor with constants, and of tensors of one shape: element by element.
-UNARY = frozenset(
-    "Relu Clip HardSwish HardSigmoid Sigmoid Tanh LeakyRelu PRelu Gelu Swish Mish Elu Selu Softplus Softsign Erf Exp Log"
-    " Sqrt Abs Neg Reciprocal Floor Ceil Round Sign ThresholdedRelu Celu Cast FusedGelu FastGelu QuickGelu Identity"
-    " Dropout BatchNormalization".split()
-)
-BINARY = frozenset("Add Sub Mul Div Min Max Pow Sum Mean".split())
-POOLS = frozenset("MaxPool AveragePool LpPool".split())
+UNARY = {
+    "Relu", "Clip", "HardSwish", "HardSigmoid", "Sigmoid", "Tanh", "LeakyRelu", "PRelu", "Gelu", "Swish", "Mish", "Elu",
+    "Selu", "Softplus", "Softsign", "Erf", "Exp", "Log", "Sqrt", "Abs", "Neg", "Reciprocal", "Floor", "Ceil", "Round",
+    "Sign", "ThresholdedRelu", "Celu", "Cast", "FastGelu", "QuickGelu", "Identity", "Dropout", "BatchNormalization",
+}  # fmt: skip
+BINARY = {"Add", "Sub", "Mul", "Div", "Min", "Max", "Pow", "Sum", "Mean"}
+POOLS = {"MaxPool", "AveragePool", "LpPool"}
 
 
 def attributes(node: NodeProto) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class View:
         self.producer: dict[str, int] = {}
         self._uses: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for index, node in enumerate(self.nodes):
-            self.producer.update({name: index for name in node.output})
+            self.producer.update(dict.fromkeys(node.output, index))
             if _does_nothing(node):
                 self.alias[node.output[0]] = self.name(node.input[0])
                 continue
@@ -162,20 +162,15 @@ class View:
             size = self.size(node.input[0]) if node.input else None
             if size is None or len(size) != len(known):
                 continue
-            if node.op_type in UNARY:
-                derived = size
-            elif node.op_type in BINARY and all(
-                self.size(other) == size or self.scalar(other) is not None for other in node.input
-            ):
+            same = all(self.size(other) == size or self.scalar(other) is not None for other in node.input)
+            if node.op_type in UNARY or (node.op_type in BINARY and same):
                 derived = size
             elif node.op_type in {"Conv", "FusedConv"} | POOLS and len(size) == 4:
                 channels = known[1] if node.op_type in ("Conv", "FusedConv") else size[1]
                 derived = (size[0], channels, *(_window(node, size[axis], axis - 2) for axis in (2, 3)))
             else:
                 continue
-            self._sizes[name] = tuple(
-                dim if isinstance(dim, int) else d for dim, d in zip(known, derived, strict=True)
-            )
+            self._sizes[name] = tuple(dim if isinstance(dim, int) else d for dim, d in zip(known, derived, strict=True))
 
 
 def _does_nothing(node: NodeProto) -> bool:

@@ -1,7 +1,7 @@
 """Choose which tensors are channels-last, and rewrite the nodes between modules to match.
 
-A module runs channels-last, and can read or write [N, C, H, W] itself at some cost; elementwise nodes, Concat, reductions
-and some others run in either layout; every other node needs [N, C, H, W]. A tensor whose producer and users disagree
+A module runs channels-last, and can read or write [N, C, H, W] itself at some cost; elementwise nodes, Concat,
+reductions and some others run in either layout; every other node needs [N, C, H, W]. A tensor whose producer and users disagree
 costs one Transpose. The cheapest choice for the whole graph is a minimum cut between the two layouts.
 
 In `Step`s and here, a tensor's plain name is its [N, C, H, W] form (or whatever the model had), `nhwc(name)` the other.
@@ -119,9 +119,9 @@ def choose(view: View, steps: list[Step]) -> dict[int, Flexible]:
     for name, members in ends.items():
         if any(member != "NCHW" for member in members):
             cut.tie(dict.fromkeys(members), name, _cost(view, name))
-    last = cut.source_side("NHWC", "NCHW")
+    chosen = cut.source_side("NHWC", "NCHW")
     for i, step in enumerate(steps):
-        step.last_in, step.last_out = (i, "in") in last, (i, "out") in last
+        step.last_in, step.last_out = (i, "in") in chosen, (i, "out") in chosen
     return {i: way for i, way in flexible.items() if steps[i].last_in}
 
 
@@ -204,9 +204,7 @@ def channel_axis(view: View, node: NodeProto) -> Flexible | None:
     if any(view.tensor(other) is None for other in node.input[1:]):
         return None
     axis = TO_NHWC.index(attributes(node).get("axis", 0) % 4)
-    return Flexible(
-        (name, *outputs), lambda store: [_changed(node, [nhwc(name), *node.input[1:]], outputs, axis=axis)]
-    )
+    return Flexible((name, *outputs), lambda store: [_changed(node, [nhwc(name), *node.input[1:]], outputs, axis=axis)])
 
 
 def reduction(view: View, node: NodeProto) -> Flexible | None:
@@ -240,10 +238,12 @@ def global_pool(view: View, node: NodeProto) -> Flexible | None:
     name, op = view.name(node.input[0]), {"GlobalAveragePool": "ReduceMean", "GlobalMaxPool": "ReduceMax"}[node.op_type]
 
     def build(store: Callable[[Array], str]) -> list[NodeProto]:
-        inputs, values = [nhwc(name)], {"axes": [1, 2]}
+        pooled = helper.make_node(op, [nhwc(name)], [nhwc(node.output[0])], name=node.name, keepdims=1)
         if view.opset >= 18:
-            inputs, values = [nhwc(name), store(np.array([1, 2], np.int64))], {}
-        return [helper.make_node(op, inputs, [nhwc(node.output[0])], name=node.name, keepdims=1, **values)]
+            pooled.input.append(store(np.array([1, 2], np.int64)))
+        else:
+            pooled.attribute.append(helper.make_attribute("axes", [1, 2]))
+        return [pooled]
 
     return Flexible((name, node.output[0]), build)
 
@@ -299,4 +299,3 @@ def shape_of(view: View, node: NodeProto) -> Flexible | None:
             helper.make_node("Gather", [inner, store(np.array(TO_NCHW, np.int64))], [node.output[0]]),
         ],
     )
-

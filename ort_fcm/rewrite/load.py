@@ -144,4 +144,3 @@ def save(model: onnx.ModelProto, output: Path) -> None:
                 os.replace(file, output.parent / file.name)
     except OSError as error:
         raise FcmError(f"cannot write {output}: {error.strerror}") from None
-

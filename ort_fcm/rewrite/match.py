@@ -14,11 +14,12 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from ort_fcm.rewrite.activation import Activation, activation_after
-from ort_fcm.rewrite.graph import Array, View, attributes, label
+from ort_fcm.rewrite.graph import Array, View, attributes
 
 CONVOLUTIONS = ("Conv", "FusedConv", "ConvInteger", "QLinearConv")
 STEM_CHANNELS = 4  # a dense convolution over more input channels is better left to cuDNN
 OLDEST_OPSET = 7  # before it, elementwise operators broadcast by an attribute
+NO_ACTIVATION = Activation()
 _FUSED_CONV = {  # com.microsoft FusedConv's attribute -> (kind, default parameters)
     "": ("none", ()), "Relu": ("relu", ()), "Sigmoid": ("sigmoid", ()), "Tanh": ("tanh", ()),
     "LeakyRelu": ("leakyrelu", (0.01,)), "Clip": ("clip", ()), "HardSigmoid": ("hardsigmoid", (0.2, 0.5)),
@@ -45,9 +46,9 @@ class Stage:
     nodes: tuple[int, ...]
     scale: Array | None = None
     shift: Array | None = None
-    activation: Activation = Activation()
+    activation: Activation = NO_ACTIVATION
     residual: str = ""
-    output_activation: Activation = Activation()
+    output_activation: Activation = NO_ACTIVATION
 
     @property
     def conv(self) -> int:
@@ -131,9 +132,7 @@ def stage(view: View, index: int) -> Stage | str:
     return replace(found, activation=act, nodes=found.nodes + act.nodes, output=act.output)
 
 
-def _kind(
-    in_channels: int, out_channels: int, group: int, kernel: tuple[int, int], pads: Sequence[int]
-) -> str:
+def _kind(in_channels: int, out_channels: int, group: int, kernel: tuple[int, int], pads: Sequence[int]) -> str:
     if group == 1 and kernel == (1, 1) and not any(pads):
         return "pw"
     if group > 1 and group == in_channels == out_channels:
@@ -192,7 +191,7 @@ def pad_before(
     if amounts is None or len(amounts) != 8 or values.get("mode", "constant") != "constant" or value != 0.0:
         return unchanged
     extra = [int(amount) for amount in amounts]
-    if len(node.input) > 3 and node.input[3] or any(extra[i] for i in (0, 1, 4, 5)) or min(extra) < 0:
+    if (len(node.input) > 3 and node.input[3]) or any(extra[i] for i in (0, 1, 4, 5)) or min(extra) < 0:
         return unchanged
     together = (pads[0] + extra[2], pads[1] + extra[3], pads[2] + extra[6], pads[3] + extra[7])
     return view.name(node.input[0]), together, (index,)
@@ -203,7 +202,7 @@ def affine_after(view: View, found: Stage) -> Stage:
     scale, shift = np.ones(found.out_channels), np.zeros(found.out_channels)
     nodes, output = found.nodes, found.output
     while (use := view.only_use(output)) is not None:
-        factor = _affine(view, use, found.out_channels)
+        factor = channel_affine(view, use, found.out_channels)
         if factor is None:
             break
         scale, shift = scale * factor[0], shift * factor[0] + factor[1]
@@ -213,7 +212,7 @@ def affine_after(view: View, found: Stage) -> Stage:
     return replace(found, scale=scale, shift=shift, nodes=nodes, output=output)
 
 
-def _affine(view: View, use: tuple[int, int], channels: int) -> tuple[Array | float, Array | float] | None:
+def channel_affine(view: View, use: tuple[int, int], channels: int) -> tuple[Array | float, Array | float] | None:
     """(a, b) where the node computes a * x + b for each channel."""
     node, slot = view.nodes[use[0]], use[1]
     if node.op_type == "BatchNormalization" and slot == 0:

@@ -12,6 +12,8 @@ from ort_fcm.planner import Chain, Gpu, Layer, Plan, PlannerError, plan_chain
 from ort_fcm.rewrite.graph import View, label
 from ort_fcm.rewrite.match import Stage
 
+DTYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -40,9 +42,7 @@ class Planned:
     plans: list[Plan]
 
 
-def plan(
-    view: View, chains: Sequence[Sequence[Stage]], gpu: Gpu, objective: str, given: Mapping[str, Plan]
-) -> Planned:
+def plan(view: View, chains: Sequence[Sequence[Stage]], gpu: Gpu, objective: str, given: Mapping[str, Plan]) -> Planned:
     """Plan every chain, or take the plan in `given` of the chain's name."""
     segments: list[Segment] = []
     plans: list[Plan] = []
@@ -66,26 +66,38 @@ def plan(
         for module in result.modules:
             segments.append(
                 Segment(
-                    tuple(stages[module.first : module.last + 1]), module.variant, str(module.tile),
-                    int(module.traffic_bytes), float(module.time_us),
-                )  # fmt: skip
+                    tuple(stages[module.first : module.last + 1]),
+                    module.variant,
+                    str(module.tile),
+                    int(module.traffic_bytes),
+                    float(module.time_us),
+                )
             )
     return Planned(segments, reasons, before, after, plans)
 
 
 def _chain(view: View, stages: Sequence[Stage]) -> Chain | str:
     shape = view.planned(stages[0].source)
-    dtype = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}.get(view.type(stages[0].source))
+    dtype = DTYPES.get(view.type(stages[0].source))
     if shape is None or len(shape) != 4:
         return "the shape of its input is not known"
     if dtype is None:
         return "the type of its input is not known"
     layers = tuple(
         Layer(
-            stage.kind, stage.in_channels, stage.out_channels, stage.kernel, stage.strides, stage.dilations, stage.pads,
-            stage.activation.kind, bool(stage.residual), label(view.nodes[stage.conv]), len(stage.nodes),
+            stage.kind,
+            stage.in_channels,
+            stage.out_channels,
+            stage.kernel,
+            stage.strides,
+            stage.dilations,
+            stage.pads,
+            stage.activation.kind,
+            bool(stage.residual),
+            label(view.nodes[stage.conv]),
+            len(stage.nodes),
             len(stage.activation.nodes) + len(stage.output_activation.nodes) + bool(stage.residual),
-        )  # fmt: skip
+        )
         for stage in stages
     )
     try:

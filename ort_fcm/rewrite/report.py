@@ -28,11 +28,13 @@ class Skipped:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """Largest differences over all outputs; relative ones to the largest magnitude of the output."""
+    """Largest differences over all outputs; relative ones to the largest magnitude of the output. constant_outputs:
+    those that had one value only on the inputs tried, so that the check says little of them."""
 
     max_abs_error: float
     max_rel_error: float
     passed: bool
+    constant_outputs: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -70,7 +72,7 @@ class Report:
         from rich.markup import escape
         from rich.table import Table
 
-        note = " (the default: no GPU here, none named)" if self.gpu_is_default else ""
+        note = " (the default: no GPU named, and none here that is known)" if self.gpu_is_default else ""
         show(f"Planned for {escape(self.gpu)}{note}")
         if self.modules:
             table = Table("module", "variant", "tile", title="Fused modules")
@@ -100,3 +102,5 @@ class Report:
                 f"Check against the original: largest error {self.check.max_abs_error:.3g} absolute, "
                 f"{self.check.max_rel_error:.3g} relative: {word}"
             )
+            for name in self.check.constant_outputs:
+                show(f"Output '{escape(name)}' was constant on the inputs tried")

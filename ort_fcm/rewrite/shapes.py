@@ -33,7 +33,7 @@ def infer(model: onnx.ModelProto, batch: int | None) -> Shapes:
     for value in network_inputs(model):
         dims = value.type.tensor_type.shape.dim
         if batch is not None and len(dims) == 4 and dims[0].HasField("dim_value") and dims[0].dim_value != batch:
-            raise FcmError(f"input '{value.name}' has a fixed batch of {dims[0].dim_value}, so {batch} cannot be planned")
+            raise FcmError(f"input '{value.name}' has a fixed batch of {dims[0].dim_value}, not {batch}")
     constants = {tensor.name for tensor in model.graph.initializer}
     for value in skeleton.graph.input:
         if value.name not in constants:
