@@ -46,11 +46,11 @@ def _clip(x: Array, low: float, high: float) -> Array:
 
 
 def _gelu(x: Array) -> Array:
-    return x / 2 * (1 + _erf(x / math.sqrt(2)))
+    return np.asarray(x / 2 * (1 + _erf(x / math.sqrt(2))))
 
 
 def _gelu_tanh(x: Array) -> Array:
-    return x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    return np.asarray(x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))))
 
 
 def _leaky(x: Array, alpha: float) -> Array:

@@ -1,8 +1,8 @@
 """Choose which tensors are channels-last, and rewrite the nodes between modules to match.
 
 A module runs channels-last, and can read or write [N, C, H, W] itself at some cost; elementwise nodes, Concat,
-reductions and some others run in either layout; every other node needs [N, C, H, W]. A tensor whose producer and users disagree
-costs one Transpose. The cheapest choice for the whole graph is a minimum cut between the two layouts.
+reductions and some others run in either layout; every other node needs [N, C, H, W]. A tensor whose producer and users
+disagree costs one Transpose. The cheapest choice for the whole graph is a minimum cut between the two layouts.
 
 In `Step`s and here, a tensor's plain name is its [N, C, H, W] form (or whatever the model had), `nhwc(name)` the other.
 """

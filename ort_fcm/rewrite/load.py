@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import onnx
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx import TensorProto, external_data_helper
 
 from ort_fcm.errors import FcmError
@@ -100,7 +100,7 @@ def _load_external(tensor: TensorProto, model_path: Path) -> None:
         size, itemsize = 1, onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
         for dim in tensor.dims:
             size *= dim
-        bits = {TensorProto.INT4: 4, TensorProto.UINT4: 4}.get(tensor.data_type, 8 * itemsize)
+        bits = 4 if tensor.data_type in (TensorProto.INT4, TensorProto.UINT4) else 8 * itemsize
         needed = (size * bits + 7) // 8
         offset, length = int(info.get("offset", 0)), int(info.get("length", needed))
         if min(offset, size, length) < 0 or length != needed or offset + length > target.stat().st_size:
