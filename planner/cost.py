@@ -328,6 +328,10 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
             once = warps * _first_tiles(seg, t) * ceil_div(seg.first_steps, 2) * 2 * fragment
     if seg.depthwise:
         spatial = tiling(seg, t)
+        if seg.first and seg.first.kind == "conv":  # the patch of X under the halo region
+            rows = (spatial.halo_rows - 1) * seg.first.stride[0] + seg.first.reach[0]
+            columns = (spatial.halo_columns - 1) * seg.first.stride[1] + seg.first.reach[1]
+            once += round_up(t.images * seg.c_in * rows * columns * seg.element, 16)
         chunk += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
         chunk += groups * (seg.depthwise.taps * 64 + vectors(seg.depthwise))
     if seg.project:
