@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from ort_fcm.errors import FcmError
 
 Array = NDArray[Any]
-CHECK_SIZE = 160  # pixels of an unknown height or width: small, and a multiple of 32 as most networks need
+# Pixels of an unknown height or width: small, and a multiple of 32 as most networks need; others if it does not run.
+CHECK_SIZES = (160, 224, 256, 299, 512)
 FLOAT16_NORM_ERROR = 3e-2
 _LIMIT = 2**31 - 2**20  # bytes that a model may have in memory; larger ones go through a file
 
@@ -84,8 +85,8 @@ def compare(
     names = [[v.name for v in s.get_outputs()] for s in (first, second)]
     if names[0] != names[1]:
         raise FcmError(f"the models have different outputs: {', '.join(names[0])} and {', '.join(names[1])}")
-    feeds = inputs_for(first, batch)
-    reference, result = run(first, feeds), run(second, feeds)
+    feeds, reference = _first_that_runs(first, batch)
+    result = run(second, feeds)
     norm = None
     if atol is None and rtol is None and (_has_float16(a) or _has_float16(b)):
         norm = FLOAT16_NORM_ERROR
@@ -125,7 +126,19 @@ def run(session: Any, feeds: Mapping[str, Array]) -> list[Any]:
         raise FcmError(f"ONNX Runtime does not run the model: {_first_line(error)}") from None
 
 
-def inputs_for(session: Any, batch: int | None = None, size: int = CHECK_SIZE) -> dict[str, Array]:
+def _first_that_runs(session: Any, batch: int | None) -> tuple[dict[str, Array], list[Any]]:
+    """Inputs of a size that the model accepts, and its outputs."""
+    for size in CHECK_SIZES:
+        for images in (2, 1) if batch is None else (batch,):
+            feeds = inputs_for(session, images, size)
+            try:
+                return feeds, run(session, feeds)
+            except FcmError as error:
+                message = str(error)
+    raise FcmError(message)
+
+
+def inputs_for(session: Any, batch: int | None = None, size: int = CHECK_SIZES[0]) -> dict[str, Array]:
     """Structured values for every input; unknown batches are `batch` (2 by default), other unknown sizes `size`."""
     feeds = {}
     for seed, value in enumerate(session.get_inputs()):

@@ -103,13 +103,12 @@ class View:
             return None if name in self.overridable else self.initializers[name]
         if name in self.producer:
             node = self.nodes[self.producer[name]]
-            if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
-                return node.attribute[0].t
-            if node.op_type == "Constant" and node.attribute and node.attribute[0].name.startswith("value_float"):
-                return numpy_helper.from_array(np.array(attributes(node)[node.attribute[0].name], np.float32), name)
-            if node.op_type == "Constant" and node.attribute and node.attribute[0].name.startswith("value_int"):
-                return numpy_helper.from_array(np.array(attributes(node)[node.attribute[0].name], np.int64), name)
-            return None
+            if node.op_type != "Constant" or not node.attribute[0].name.startswith("value"):
+                return None
+            value = helper.get_attribute_value(node.attribute[0])
+            if isinstance(value, onnx.TensorProto):
+                return value
+            return numpy_helper.from_array(np.array(value, np.float32 if "float" in node.attribute[0].name else None))
         if self.outer is not None and name not in {value.name for value in self.graph.input}:
             return self.outer.tensor(name)
         return None
@@ -167,7 +166,10 @@ class View:
                 derived = size
             elif node.op_type in {"Conv", "FusedConv"} | POOLS and len(size) == 4:
                 channels = known[1] if node.op_type in ("Conv", "FusedConv") else size[1]
-                derived = (size[0], channels, *(_window(node, size[axis], axis - 2) for axis in (2, 3)))
+                weight = self.size(node.input[1]) if len(node.input) > 1 else None
+                if "kernel_shape" not in attributes(node) and (weight is None or len(weight) != 4):
+                    continue
+                derived = (size[0], channels, *(_window(node, size[a], weight or (), a - 2) for a in (2, 3)))
             else:
                 continue
             self._sizes[name] = tuple(dim if isinstance(dim, int) else d for dim, d in zip(known, derived, strict=True))
@@ -179,17 +181,16 @@ def _does_nothing(node: NodeProto) -> bool:
     )
 
 
-def _window(node: NodeProto, size: Hashable, axis: int) -> Hashable:
+def _window(node: NodeProto, size: Hashable, weight: tuple[Hashable, ...], axis: int) -> Hashable:
     """The size of a sliding window's output: the input's own when the window keeps it, else named after both."""
     values = attributes(node)
-    kernel = values["kernel_shape"][axis] if "kernel_shape" in values else 0
+    kernel = values["kernel_shape"][axis] if "kernel_shape" in values else weight[axis + 2]
     stride = values.get("strides", (1, 1))[axis]
     dilation = values.get("dilations", (1, 1))[axis]
     pads = values.get("pads", (0, 0, 0, 0))
-    auto_pad = values.get("auto_pad", "NOTSET")
+    auto_pad = values.get("auto_pad", "NOTSET") or "NOTSET"
     before, after = pads[axis], pads[axis + 2]
-    same = before + after == dilation * (kernel - 1) if auto_pad in ("NOTSET", "") else auto_pad.startswith("SAME")
-    if kernel and stride == 1 and same:
+    same = before + after == dilation * (kernel - 1) if auto_pad == "NOTSET" else auto_pad.startswith("SAME")
+    if stride == 1 and same:
         return size
-    rest = (node.input[1] if len(node.input) > 1 and not kernel else "", values.get("ceil_mode", 0), auto_pad)
-    return ("window", size, kernel, stride, dilation, before, after, rest)
+    return ("window", size, kernel, stride, dilation, before, after, values.get("ceil_mode", 0), auto_pad)
