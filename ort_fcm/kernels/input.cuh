@@ -53,6 +53,77 @@ struct Input {
     return L::operand(v);
   }
 
+  // X under the halo region in shared memory, zero outside of X, where a dense convolution comes first: rows start at an
+  // even column, so that halves can be copied in pairs.
+  struct Staged {
+    static constexpr Window W = S.first_window;
+    static constexpr int kRows = stages_input(S) ? staged_h(S) : 1, kPitch = stages_input(S) ? staged_pitch(S) : 2;
+    static constexpr int kTaps = W.kernel_h * W.kernel_w, kSteps = first_steps(S), kGroups = ceil_div(kSteps, 2);
+    const char* from;
+    int taps[stages_input(S) ? kGroups : 1][L::kLane];  // offsets of this lane's share of the reduction
+
+    FCM_DEVICE static int left(int x) { return x * W.stride_w - W.pad_left; }
+
+    FCM_DEVICE Staged(const char* staged, int halo_x) : from(staged) {
+      if constexpr (stages_input(S)) {
+        FCM_UNROLL
+        for (int kg = 0; kg < kGroups; ++kg) {
+          FCM_UNROLL
+          for (int i = 0; i < L::kLane; ++i) {
+            const int k = kg * L::kGroup + L::column() * share(kg) + i;
+            const int c = k / kTaps, ky = k % kTaps / W.kernel_w, kx = k % W.kernel_w;
+            taps[kg][i] = (k < first_depth(S) ? (c * kRows + ky * W.dilation_h) * kPitch + kx * W.dilation_w : 0) +
+                          (left(halo_x) & 1);
+          }
+        }
+      }
+    }
+    static constexpr int share(int kg) { return kSteps % 2 && kg == kSteps / 2 ? L::kLane / 2 : L::kLane; }
+
+    // `y`, `x`: the halo region's corner on the middle map.
+    FCM_DEVICE static void copy(const Params& p, char* to, int image0, int images, int y, int x) {
+      constexpr int kWord = L::kHalf ? 2 : 1, kColumns = kPitch / kWord;  // elements of four bytes
+      constexpr int kAll = S.tile.images * S.c_in * kRows * kColumns;
+      const int top = y * W.stride_h - W.pad_top, first = left(x) & ~1;
+      const bool words = S.input_nchw && p.in_w % kWord == 0;
+      FCM_UNROLL
+      for (int i0 = 0; i0 < kAll; i0 += threads(S)) {
+        const int i = i0 + thread_index();
+        if (i >= kAll) break;
+        const int column = i % kColumns * kWord, row = i / kColumns % kRows, plane = i / (kColumns * kRows);
+        const int c = plane % S.c_in, image = plane / S.c_in, sy = top + row, sx = first + column;
+        const bool inside = image < images && sy >= 0 && sy < p.in_h;
+        if (words) {
+          const bool valid = inside && sx >= 0 && sx < p.in_w;
+          const long long at = (((long long)(image0 + image) * S.c_in + c) * p.in_h + sy) * p.in_w + sx;
+          copy_async4(to + i * 4, (const char*)p.x + (valid ? at * L::kElement : 0), valid);
+        } else {
+          u32 word = 0;
+          FCM_UNROLL
+          for (int j = 0; j < kWord; ++j)
+            if (inside && sx + j >= 0 && sx + j < p.in_w) word |= element(p, image0 + image, c, sy, sx + j) << 16 * j;
+          *(u32*)(to + i * 4) = word;
+        }
+      }
+    }
+    // As load_group of the pixel at (y, x) of the halo region.
+    FCM_DEVICE Vec load(int image, int y, int x, int kg) const {
+      const int pixel = (image * S.c_in * kRows + y * W.stride_h) * kPitch + x * W.stride_w;
+      Vec v{};
+      FCM_UNROLL
+      for (int i = 0; i < L::kLane; ++i) {
+        if (i >= share(kg)) continue;
+        if constexpr (L::kHalf) {
+          const u32 e = ((const unsigned short*)from)[pixel + taps[kg][i]];
+          v.r[i / 2] |= i % 2 ? e << 16 : e;
+        } else {
+          v.r[i] = ((const u32*)from)[pixel + taps[kg][i]];
+        }
+      }
+      return L::operand(v);
+    }
+  };
+
   FCM_DEVICE static const char* address(const Params& p, const Window& w, int n, int y, int x, int k) {
     const long long pixel = ((long long)n * p.in_h + y * w.stride_h) * p.in_w + x * w.stride_w;
     return (const char*)p.x + (pixel * S.c_in + k) * L::kElement;

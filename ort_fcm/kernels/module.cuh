@@ -36,7 +36,8 @@ struct Module {
   static constexpr int kPackedRow = padded_out(S) / 8 * kFragment;  // project's weights of a group
 
   // Shared memory: what first reads, then two of each buffer.
-  static constexpr int kHaloAt = first_input_bytes(S);
+  static constexpr int kStagedAt = first_input_bytes(S);
+  static constexpr int kHaloAt = kStagedAt + staged_bytes(S);
   static constexpr int kFirstAt = kHaloAt + 2 * halo_bytes(S);
   static constexpr int kDepthwiseAt = kFirstAt + 2 * first_chunk_bytes(S);
   static constexpr int kProjectAt = kDepthwiseAt + 2 * depthwise_chunk_bytes(S);
@@ -203,6 +204,7 @@ struct Module {
   // ---- Stages ----------------------------------------------------------------------------------------------------------
 
   FCM_DEVICE void load_first_input() {
+    [[maybe_unused]] const typename In::Staged staged(shared + kStagedAt, place.halo_x());
     FCM_UNROLL
     for (int i = 0; i < kFirstTiles; ++i) {
       FCM_UNROLL
@@ -216,8 +218,11 @@ struct Module {
         }
         FCM_UNROLL
         for (int kg = 0; kg < kFirstGroups; ++kg) {
-          const Vec v =
-              In::template load_group<S.first, kFirstDepth>(p, S.first_window, q.n, q.y, q.x, kg, q.valid);
+          Vec v;
+          if constexpr (stages_input(S))
+            v = staged.load(q.n - place.image0, q.y - place.halo_y(), q.x - place.halo_x(), kg);
+          else
+            v = In::template load_group<S.first, kFirstDepth>(p, S.first_window, q.n, q.y, q.x, kg, q.valid);
           if constexpr (kFirstRegisters)
             first_input[i][kg][side] = v;
           else
@@ -401,10 +406,10 @@ struct Module {
   // ---- The end ---------------------------------------------------------------------------------------------------------
 
   FCM_DEVICE void store_sums(int warp_m, int warp_n, int py, int ng, const float (&c)[kBlocks8][4]) const {
-    const int in_block = (warp_n * kWarpGroupsN + ng) * kGroup;
+    const int in_block = ((S.tile.warps_n > 1 ? warp_n * kWarpGroupsN : 0) + ng) * kGroup;
     if (in_block >= block_n(S)) return;
     const Pixel q[2] = {place.output_pixel(p, warp_m, py, 0), place.output_pixel(p, warp_m, py, 1)};
-    Out::store_group(p, q, block_y() * block_n(S) + in_block, c);
+    Out::store_group(p, q, (blocks_n(S) > 1 ? block_y() * block_n(S) : 0) + in_block, c);
   }
   FCM_DEVICE void store_all() const {
     FCM_UNROLL
@@ -473,6 +478,12 @@ struct Module {
       if constexpr (!kFirst) block_sync();
     }
     copy_step(0);
+    if constexpr (stages_input(S)) {
+      In::Staged::copy(p, shared + kStagedAt, place.image0, place.images, place.halo_y(), place.halo_x());
+      copy_async_commit();
+      copy_async_wait<0>();
+      block_sync();
+    }
     if constexpr (kFirst) load_first_input();
     if constexpr (kProject) {
       FCM_UNROLL

@@ -68,6 +68,17 @@ struct Output {
     }
   }
 
+  template <int COUNT>
+  FCM_DEVICE static void load_vector(float (&v)[COUNT], const float* from) {
+    constexpr int kWords = COUNT % 4 ? 2 : 4;
+    FCM_UNROLL
+    for (int i = 0; i < COUNT; i += kWords) {
+      u32 r[kWords];
+      load_words<kWords>(r, (const char*)(from + i));
+      FCM_UNROLL
+      for (int j = 0; j < kWords; ++j) v[i + j] = bits_float(r[j]);
+    }
+  }
   template <int WORDS>
   FCM_DEVICE static void load_words(u32 (&r)[WORDS], const char* from) {
     if constexpr (WORDS == 4) {
@@ -108,12 +119,11 @@ struct Output {
     constexpr int kCount = TAIL ? L::kLane / 2 : L::kLane;
     constexpr Act act = S.project_act;
     const int first = base + L::column() * kCount;
-    float x[kCount];
+    float x[kCount], bias[kCount], slope[kCount] = {};
+    load_vector(bias, p.project_bias + first);
+    if constexpr (act.kind == Activation::prelu) load_vector(slope, p.project_slope + first);
     FCM_UNROLL
-    for (int i = 0; i < kCount; ++i) {
-      const float slope = act.kind == Activation::prelu ? p.project_slope[first + i] : 0.f;
-      x[i] = activate(act, c[i / 2][2 * side + i % 2] + p.project_bias[first + i], slope);
-    }
+    for (int i = 0; i < kCount; ++i) x[i] = activate(act, c[i / 2][2 * side + i % 2] + bias[i], slope[i]);
     store<kCount>(p, q, first, x);
   }
   FCM_DEVICE static void store_group(const Params& p, const Pixel (&q)[2], int base,

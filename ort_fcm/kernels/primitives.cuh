@@ -48,6 +48,16 @@ FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) 
   *(Vec*)shared = valid ? *(const Vec*)global : Vec{};
 #endif
 }
+// 4 bytes.
+FCM_DEVICE void copy_async4(void* shared, const void* global, bool valid) {
+#if __CUDA_ARCH__ >= 800
+  const u32 address = (u32)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global), "r"(valid ? 4 : 0)
+               : "memory");
+#else
+  *(u32*)shared = valid ? *(const u32*)global : 0;
+#endif
+}
 FCM_DEVICE void copy_async_commit() {
 #if __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");

@@ -48,6 +48,7 @@ struct Gate {  // a barrier that can be used again
 struct Copy {
   void* to;
   const void* from;
+  int bytes;
   bool valid;
 };
 
@@ -211,7 +212,10 @@ FCM_DEVICE u32 float_bits(float x) {
 }
 
 FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
-  cpu::self().copies.back().push_back({shared, global, valid});
+  cpu::self().copies.back().push_back({shared, global, 16, valid});
+}
+FCM_DEVICE void copy_async4(void* shared, const void* global, bool valid) {
+  cpu::self().copies.back().push_back({shared, global, 4, valid});
 }
 FCM_DEVICE void copy_async_commit() { cpu::self().copies.emplace_back(); }
 template <int PENDING>
@@ -219,10 +223,11 @@ FCM_DEVICE void copy_async_wait() {
   auto& copies = cpu::self().copies;
   while (copies.size() > PENDING + 1) {
     for (const cpu::Copy& c : copies.front()) {
+      if (((std::uintptr_t)c.to | (c.valid ? (std::uintptr_t)c.from : 0)) % c.bytes) std::abort();  // misaligned
       if (c.valid)
-        *(Vec*)c.to = *(const Vec*)c.from;
+        std::memcpy(c.to, c.from, c.bytes);
       else
-        *(Vec*)c.to = Vec{};
+        std::memset(c.to, 0, c.bytes);
     }
     copies.erase(copies.begin());
   }

@@ -186,6 +186,20 @@ constexpr int first_input_bytes(const Spec& s) {
              ? 0
              : warps(s) * first_tiles(s) * ceil_div(first_steps(s), 2) * 2 * kFragment;
 }
+// X under the halo region, where a dense convolution comes first: [images, c_in, rows, pitch], rows at an even column.
+constexpr bool stages_input(const Spec& s) { return s.first == Dense::convolution && s.depthwise; }
+constexpr int staged_h(const Spec& s) {
+  return halo(halo_h(s), s.first_window.kernel_h, s.first_window.stride_h, s.first_window.dilation_h);
+}
+constexpr int staged_w(const Spec& s) {
+  return halo(halo_w(s), s.first_window.kernel_w, s.first_window.stride_w, s.first_window.dilation_w);
+}
+constexpr int staged_pitch(const Spec& s) { return round_up(staged_w(s) + 1, 2); }
+constexpr int staged_bytes(const Spec& s) {
+  return stages_input(s)
+             ? round_up(s.tile.images * s.c_in * staged_h(s) * staged_pitch(s) * element_bytes(s.type), 16)
+             : 0;
+}
 constexpr int first_group_bytes(const Spec& s) { return group(s.type) / 8 * first_steps(s) * 256; }
 constexpr int depthwise_tap_bytes(const Spec&) { return 64; }
 constexpr int depthwise_taps(const Spec& s) { return s.depthwise_window.kernel_h * s.depthwise_window.kernel_w; }
@@ -212,7 +226,7 @@ constexpr int reduction_bytes(const Spec& s) {
 }
 // Everything that is written while something else is read has two buffers. The reduction comes after all of it.
 constexpr int shared_bytes(const Spec& s) {
-  return max(first_input_bytes(s) + 2 * (halo_bytes(s) + first_chunk_bytes(s) + depthwise_chunk_bytes(s) +
+  return max(first_input_bytes(s) + staged_bytes(s) + 2 * (halo_bytes(s) + first_chunk_bytes(s) + depthwise_chunk_bytes(s) +
                                          project_chunk_bytes(s) + exchange_bytes(s)),
              reduction_bytes(s));
 }
@@ -280,7 +294,8 @@ constexpr const char* illegal(const Spec& s) {
   if (t.split > 1 && !has_project(s)) return "split needs a project";
   if (t.split > chunks(s)) return "split must not exceed the chunks";
   if (t.blocks < 1 || t.blocks * threads(s) > 2048) return "blocks times threads must fit an SM";
-  if (t.patch_h * warp_groups_n(s) * group(s.type) / 2 > 168) return "accumulators do not fit the registers";
+  if (has_project(s) && t.patch_h * warp_groups_n(s) * group(s.type) / 2 > 168)
+    return "accumulators do not fit the registers";
   return nullptr;
 }
 

@@ -39,6 +39,9 @@ struct TilePlace {
     }
   }
 
+  // The corner of the halo region on the middle map.
+  FCM_DEVICE int halo_y() const { return y0 * W.stride_h - W.pad_top; }
+  FCM_DEVICE int halo_x() const { return x0 * W.stride_w - W.pad_left; }
   FCM_DEVICE int halo_pixels() const { return images * rows * columns; }
   FCM_DEVICE bool crosses_border() const { return rows < halo_h(S) || columns < halo_w(S); }
 
@@ -49,13 +52,13 @@ struct TilePlace {
   FCM_DEVICE Pixel halo_pixel(int i) const {
     const int area = rows * columns, image = S.tile.images > 1 ? divide(i, per_area) : 0, rest = i - image * area;
     const int y = divide(rest, per_column), x = rest - y * columns;
-    return {image0 + image, y0 * W.stride_h - W.pad_top + top + y, x0 * W.stride_w - W.pad_left + left + x,
-            i < halo_pixels()};
+    const bool valid = i < halo_pixels();  // pixels that are not stand in for the first
+    return {image0 + (valid ? image : 0), halo_y() + top + (valid ? y : 0), halo_x() + left + (valid ? x : 0), valid};
   }
   // Its byte offset in a halo plane; the last slot swallows what is not valid.
   FCM_DEVICE int halo_offset(const Pixel& q) const {
     if (!q.valid) return halo_plane_bytes(S) - 128;
-    const int y = q.y - (y0 * W.stride_h - W.pad_top), x = q.x - (x0 * W.stride_w - W.pad_left);
+    const int y = q.y - halo_y(), x = q.x - halo_x();
     return ((q.n - image0) * kHaloH + y) * kPitch * 64 + x / 2 * 128 + halo_side(x) * 64;
   }
 
