@@ -50,8 +50,8 @@ class Functions:
         if not self.by_body:
             return []
         imports = [helper.make_opsetid("", self.opset), helper.make_opsetid(DOMAIN, VERSION)]
-        nodes = [helper.make_node(GUARD, ["X"], ["Y"], domain=DOMAIN)]
-        guard = helper.make_function(DOMAIN, OP, ["X"], ["Y"], nodes, imports, overload="guard")
+        nodes = [helper.make_node(GUARD, ["X"], ["t"], domain=DOMAIN), helper.make_node("Add", ["X", "t"], ["Y"])]
+        guard = helper.make_function(DOMAIN, OP, list(PARAMETERS), ["Y"], nodes, imports, overload="guard")
         return [*self.by_body.values(), guard]
 
 
@@ -269,15 +269,24 @@ def _clip(body: _Body, x: str, low: float, high: float) -> str:
 
 
 def _without_identities(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
-    """Drop the Identities that stand for the model's Transposes."""
+    """Drop the Identities that stand for the model's Transposes: they have no name."""
+    made = {name for node in nodes for name in node.output}
     alias: dict[str, str] = {}
     kept = []
     for node in nodes:
-        node.input[:] = [alias.get(name, name) for name in node.input]
-        if node.op_type == "Identity" and not node.name and node.output[0] not in outputs:
-            alias[node.output[0]] = node.input[0]
+        source, name = (node.input[0], node.output[0]) if node.op_type == "Identity" and not node.name else ("", "")
+        if name and name not in outputs:
+            alias[name] = source
+        elif name and source in made and source not in outputs | set(alias):
+            alias[source] = name
         else:
             kept.append(node)
+    for node in kept:
+        for names in (node.input, node.output):
+            for index, name in enumerate(names):
+                while name in alias:
+                    name = alias[name]
+                names[index] = name
     return kept
 
 

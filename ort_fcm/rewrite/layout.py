@@ -114,8 +114,8 @@ def choose(view: View, steps: list[Step]) -> dict[int, Flexible]:
         for name in [*step.node.input, *step.node.output, *captured(step.node)]:
             if name and (way is None or view.name(name) not in way.tensors):
                 ends[view.name(name)].append("NCHW")
-    for value in [*view.graph.input, *view.graph.output]:
-        ends[view.name(value.name)].append("NCHW")
+    for name in set(ends) - set(view.producer) | view.outputs:  # from outside this graph, or for it
+        ends[name].append("NCHW")
     for name, members in ends.items():
         if any(member != "NCHW" for member in members):
             cut.tie(dict.fromkeys(members), name, _cost(view, name))

@@ -75,24 +75,24 @@ def rewrite(
     report = Report(target.name, is_default)
     plans = _rewrite(result, report, target, batch, plan, objective)
     if check:
-        report.check = _check(original, result, batch, float16) if report.modules or float16 else UNCHANGED
+        report.check = _check(original, result, float16) if report.modules or float16 else UNCHANGED
     if path is not None:
         save(result, path)
     return RewriteResult(result, report, plans)
 
 
-def _check(original: onnx.ModelProto, result: onnx.ModelProto, batch: int | None, converted: bool) -> CheckReport:
+def _check(original: onnx.ModelProto, result: onnx.ModelProto, converted: bool) -> CheckReport:
     """Compare on the CPU; FcmError if an output differs by more than its type explains.
 
     A network may be so sensitive that float16 alone costs more than the tolerance: then a converted one may err as much
     as a plain conversion does, and half as much again.
     """
-    found = compare(original, result, batch=batch)
+    found = compare(original, result)
     failed = [item for item in found.outputs if not item.passed]
     if failed and converted:
         plain = onnx.ModelProto()
         plain.CopyFrom(original)
-        allowed = {item.name: item.norm_error for item in compare(original, to_float16(plain), batch=batch).outputs}
+        allowed = {item.name: item.norm_error for item in compare(original, to_float16(plain)).outputs}
         failed = [item for item in failed if item.norm_error > min(1.5 * allowed[item.name], MOST_NORM_ERROR)]
     if failed:
         worst = max(failed, key=lambda item: item.max_rel_error)

@@ -1,0 +1,161 @@
+"""Where channels-last islands end, and that the choice is the cheapest."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from ort_fcm.rewrite.layout import TO_NCHW, TO_NHWC, _Cut
+from tests.rewrite.networks import Net, assert_same
+from tests.rewrite.test_patterns import modules, ops
+
+Fuse = Callable[..., Any]
+
+
+def layouts(model: Any) -> list[str]:
+    return [f"{m['input_layout']} {m['output_layout']}" for m in modules(model)]
+
+
+def test_edges_are_read_and_written_by_modules(fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    x = net.conv(net.input(1, 3, 20, 20), 8, 3, strides=[2, 2])
+    for _ in range(3):
+        x = net.conv(net.op("Relu", net.depthwise(x)), 8)
+    net.output(x)
+    model = net.model()
+    result = fuse(model)
+    assert layouts(result.model) == ["NCHW NHWC", "NHWC NHWC", "NHWC NCHW"]
+    assert ops(result.model) == {"FusedConvModule": 3}
+    assert_same(model, result.model, seed)
+
+
+def test_transposes_of_a_channels_last_network_cancel(fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    image = net.input(1, 20, 20, 6)
+    x = net.op("Transpose", image, perm=TO_NCHW)
+    net.channels[x] = 6
+    x = net.depthwise(net.op("Relu", net.conv(x, 12)))
+    x = net.op("Transpose", x, perm=TO_NHWC)
+    x = net.op("LayerNormalization", x, net.const(net.rng.standard_normal(12)), axis=-1)
+    x = net.op("Transpose", x, perm=TO_NCHW)
+    x = net.conv(x, 10)
+    net.output(net.op("Transpose", x, perm=TO_NHWC))
+    model = net.model()
+    result = fuse(model)
+    assert layouts(result.model) == ["NHWC NHWC", "NHWC NHWC"]
+    assert ops(result.model) == {"FusedConvModule": 2, "LayerNormalization": 1}
+    assert_same(model, result.model, seed)
+
+
+def between(net: Net, x: str, y: str) -> dict[str, Callable[[], list[str]]]:
+    """Nodes between modules that run in either layout, on x and y of [1, 8, 10, 10]."""
+    per_channel, plane = net.rng.standard_normal((8, 1, 1)), net.rng.standard_normal((1, 8, 10, 10))
+    return {
+        "add": lambda: [net.op("Add", x, y)],
+        "mul, constants": lambda: [net.op("Mul", net.op("Add", net.op("Softsign", x), net.const(per_channel)), y)],
+        "constant map": lambda: [net.op("Add", net.op("Mul", net.const(plane), x), y)],
+        "row": lambda: [net.op("Add", net.op("Mul", net.const(net.rng.standard_normal(10)), x), y)],
+        "prelu": lambda: [net.op("PRelu", net.op("Max", x, y), net.const(per_channel))],
+        "channel concat": lambda: [net.op("Concat", x, y, axis=1)],
+        "row concat": lambda: [net.op("Concat", x, y, axis=-2)],
+        "split": lambda: net.op("Split", net.op("Concat", x, y, axis=1), axis=1, outputs=2),
+        "gather": lambda: [net.op("Gather", net.op("Add", x, y), net.const([5, 0, 3], np.int64), axis=1)],
+        "pool and scale": lambda: [net.op("Mul", x, net.op("Sigmoid", net.op("GlobalAveragePool", y)))],
+        "reduce": lambda: [net.op("Mul", x, net.op("ReduceMax", y, axes=[3]))],
+    }
+
+
+@pytest.mark.parametrize("name", between(Net(), "", ""))
+def test_nodes_between_modules(name: str, fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    image = net.input(1, 8, 10, 10)
+    x, y = (net.op("Tanh", net.depthwise(net.conv(image, 8))) for _ in range(2))
+    for z in between(net, x, y)[name]():
+        net.channels[z] = {"channel concat": 16, "gather": 3}.get(name, 8)
+        net.output(net.conv(net.depthwise(z), 8))
+    model = net.model()
+    result = fuse(model)
+    assert "Transpose" not in ops(result.model)
+    assert all(item.split()[1] == "NHWC" for item in layouts(result.model)[:2])
+    assert_same(model, result.model, seed)
+
+
+ENDS: dict[str, tuple[int, Callable[[Net, str], str]]] = {
+    "flatten": (2, lambda n, x: n.op("Flatten", n.op("GlobalAveragePool", x))),
+    "reshape": (2, lambda n, x: n.op("Reshape", n.op("GlobalMaxPool", x), n.const([0, -1], np.int64))),
+    "squeeze": (2, lambda n, x: n.op("Squeeze", n.op("GlobalAveragePool", x), n.const([3, -2], np.int64))),
+    "reduce": (2, lambda n, x: n.op("ReduceMean", x, axes=[-1, -2], keepdims=0)),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_heads(name: str, fuse: Fuse, seed: int) -> None:
+    rank, build = ENDS[name]
+    net = Net(seed=seed)
+    x = net.depthwise(net.conv(net.input("n", 8, 10, 10), 16))
+    net.output(build(net, x), rank=rank)
+    model = net.model()
+    result = fuse(model)
+    assert layouts(result.model) == ["NCHW NHWC"] and "Transpose" not in ops(result.model)
+    assert_same(model, result.model, seed)
+
+
+def test_flatten_of_a_map_stays(fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    net.output(net.op("Flatten", net.depthwise(net.conv(net.input("n", 8, 5, 5), 16))), rank=2)
+    model = net.model()
+    result = fuse(model)
+    assert layouts(result.model) == ["NCHW NCHW"]
+    assert_same(model, result.model, seed)
+
+
+def test_shape_of_an_island(fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    x = net.op("Add", net.depthwise(net.input("n", 8, "h", "w")), net.const(1))
+    y = net.op("Relu", net.depthwise(x))
+    flat = net.op("Reshape", net.op("GlobalAveragePool", y), net.const([-1, 1], np.int64))
+    count = net.op("Cast", net.op("Shape", x), to=1)
+    net.output(net.op("Add", flat, count), rank=2)
+    model = net.model()
+    result = fuse(model)
+    assert_same(model, result.model, seed)
+
+
+def test_a_tensor_for_both_layouts_is_transposed_once(fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    x = net.op("Relu", net.depthwise(net.op("Relu", net.depthwise(net.input(1, 8, 40, 40)))))
+    ends = [net.conv(net.depthwise(x), 8), net.depthwise(x)]
+    pools = [net.op("MaxPool", x, kernel_shape=[k, k]) for k in (2, 3)]
+    net.output(*pools, x, *(net.op("ReduceMean", end, axes=[2, 3]) for end in ends))
+    model = net.model()
+    result = fuse(model)
+    assert ops(result.model)["Transpose"] <= 1
+    assert_same(model, result.model, seed)
+
+
+def test_the_cut_is_minimal(seed: int) -> None:
+    """Against all assignments of small random problems."""
+    rng = np.random.default_rng(seed)
+    for _ in range(50):
+        count = int(rng.integers(2, 7))
+        single = [
+            (("NHWC", "NCHW")[rng.integers(2)], int(v), int(rng.integers(0, 9))) for v in rng.integers(0, count, 5)
+        ]
+        ties = [(sorted(set(rng.integers(0, count, 3).tolist())), int(rng.integers(0, 9))) for _ in range(5)]
+
+        def cost(side: tuple[int, ...], single: Any = single, ties: Any = ties) -> int:
+            paid = sum(c for end, v, c in single if side[v] != (end == "NHWC"))
+            return paid + sum(c for members, c in ties if len({side[m] for m in members}) > 1)
+
+        cut = _Cut()
+        for end, v, c in single:
+            cut.edge(*(("NHWC", v) if end == "NHWC" else (v, "NCHW")), c)
+        for key, (members, c) in enumerate(ties):
+            cut.tie(members, ("tie", key), c)
+        found = cut.source_side("NHWC", "NCHW")
+        best = min(cost(side) for side in itertools.product((0, 1), repeat=count))
+        assert cost(tuple(int(v in found) for v in range(count))) == best
