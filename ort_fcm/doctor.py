@@ -7,9 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-
 from ort_fcm import library
 from ort_fcm.device import present_device
 from ort_fcm.errors import FcmError
@@ -83,9 +80,7 @@ def examine() -> list[Finding]:
 def doctor() -> int:
     """Print what was found; return the exit code: 1 if something needed is missing."""
     findings = examine()
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     for finding in findings:
-        mark = "[green]ok" if finding.ok else "[red]missing" if finding.needed else "[yellow]none"
-        table.add_row(finding.what, mark, finding.found)
-    Console(soft_wrap=True).print(table)
+        mark = "ok" if finding.ok else "MISSING" if finding.needed else "none"
+        print(f"{finding.what:<13} {mark:<8} {finding.found}")
     return int(any(finding.needed and not finding.ok for finding in findings))

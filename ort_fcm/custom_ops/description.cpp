@@ -1,5 +1,6 @@
 #include "description.h"
 
+#include <limits>
 #include <sstream>
 
 #include "error.h"
@@ -8,13 +9,20 @@ namespace fcm {
 namespace {
 
 template <class T>
-std::vector<T> numbers(const std::string& name, const std::string& value) {
-  std::istringstream words(value);
-  std::vector<T> list;
-  T number;
-  while (words >> number) list.push_back(number);
-  if (!words.eof()) fail(name, " is not a list of numbers: '", value, "'");
-  return list;
+std::vector<T> numbers(const std::string& name, const std::string& list) {
+  std::istringstream words(list);
+  std::vector<T> out;
+  for (std::string word; words >> word;) {
+    std::istringstream digits(word);
+    digits.imbue(std::locale::classic());
+    T number{};
+    if (word == "inf" || word == "-inf")
+      number = (word[0] == '-' ? -1 : 1) * std::numeric_limits<T>::infinity();  // 0 for integers, which have none
+    else if (!(digits >> number) || !digits.eof())
+      fail(name, " is not a list of numbers: '", list, "'");
+    out.push_back(number);
+  }
+  return out;
 }
 
 Attribute read_attribute(const std::string& name, const Attribute& type, const std::string& value) {

@@ -1,6 +1,7 @@
 // One sentence that names the node and the cause. Thrown inside the library, a status or a return code at its edge.
 #pragma once
 
+#include <locale>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -14,6 +15,8 @@ struct Error : std::runtime_error {
 template <class... Parts>
 std::string text(const Parts&... parts) {
   std::ostringstream out;
+  out.imbue(std::locale::classic());  // a host program's locale must not reach generated source
+  out.precision(9);                   // enough to tell any two floats apart
   (out << ... << parts);
   return out.str();
 }

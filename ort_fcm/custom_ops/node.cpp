@@ -20,33 +20,34 @@ std::string read_string(const ort::KernelInfo* info, const char* name) {
   return chars.empty() ? "" : std::string(chars.data());
 }
 
-// Which getter succeeds tells an attribute's type; none does if the node lacks it.
+// A list getter also "succeeds" on a list of another type, with no elements: so the one that finds some tells the type.
 Attributes read_all(const ort::KernelInfo* info) {
   Attributes attributes;
   for (const auto& [key, type] : attribute_types()) {
     const char* name = key.c_str();
-    size_t size = 0;
+    size_t sizes[3] = {};
     float real = 0;
     int64_t integer = 0;
-    const bool found[] = {
-        ort::succeeded(ort::attribute_string(info, name, nullptr, &(size = 0))),
-        ort::succeeded(ort::attribute_ints(info, name, nullptr, &(size = 0))),
-        ort::succeeded(ort::attribute_floats(info, name, nullptr, &(size = 0))),
-    };
-    if (found[type.index()]) {
-      if (type.index() == 0)
-        attributes[key] = read_string(info, name);
-      else if (type.index() == 1)
-        attributes[key] = read_array<int64_t>(
-            [&](int64_t* out, size_t* count) { return ort::attribute_ints(info, name, out, count); });
-      else
-        attributes[key] =
-            read_array<float>([&](float* out, size_t* count) { return ort::attribute_floats(info, name, out, count); });
-    } else if (found[0] || found[1] || found[2] || ort::succeeded(ort::attribute_float(info, name, &real)) ||
-               ort::succeeded(ort::attribute_int(info, name, &integer))) {
+    const bool found[] = {ort::succeeded(ort::attribute_string(info, name, nullptr, &sizes[0])),
+                          ort::succeeded(ort::attribute_ints(info, name, nullptr, &sizes[1])),
+                          ort::succeeded(ort::attribute_floats(info, name, nullptr, &sizes[2]))};
+    const size_t wanted = type.index();
+    bool other = ort::succeeded(ort::attribute_float(info, name, &real)) ||
+                 ort::succeeded(ort::attribute_int(info, name, &integer));
+    for (size_t i = 0; i < 3; ++i) other = other || (i != wanted && found[i] && sizes[i]);
+    if (other) {
       const char* const names[] = {"a string", "a list of integers", "a list of floats"};
-      fail("attribute ", name, " is not ", names[type.index()]);
+      fail("attribute ", name, " is not ", names[wanted]);
     }
+    if (!found[wanted]) continue;
+    if (wanted == 0)
+      attributes[key] = read_string(info, name);
+    else if (wanted == 1)
+      attributes[key] =
+          read_array<int64_t>([&](int64_t* out, size_t* count) { return ort::attribute_ints(info, name, out, count); });
+    else
+      attributes[key] =
+          read_array<float>([&](float* out, size_t* count) { return ort::attribute_floats(info, name, out, count); });
   }
   return attributes;
 }

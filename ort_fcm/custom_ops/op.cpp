@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernel.h"
+#include "shape_inference.h"
 
 namespace fcm {
 namespace {
@@ -33,82 +34,6 @@ ort::Status* compute(void* kernel, ort::KernelContext* context) {
   return guarded(self.node(), [&] { self.compute(context); });
 }
 
-template <class T>
-std::vector<T> read_array(const ort::ShapeContext* context, const char* name, ort::AttributeType type) {
-  const ort::OpAttribute* attribute = nullptr;
-  size_t bytes = 0;
-  if (!ort::succeeded(ort::shape_attribute(context, name, &attribute)) || !attribute) return {};
-  ort::succeeded(ort::read_attribute(attribute, type, nullptr, 0, &bytes));  // fails, but tells the size
-  std::vector<T> values(bytes / sizeof(T));
-  if (!values.empty()) check(ort::read_attribute(attribute, type, values.data(), bytes, &bytes));
-  return values;
-}
-
-Attributes read_all(const ort::ShapeContext* context) {
-  Attributes attributes;
-  for (const auto& [name, type] : attribute_types()) {
-    if (type.index() == 0) {
-      const auto chars = read_array<char>(context, name.c_str(), ort::kString);
-      if (!chars.empty()) attributes[name] = std::string(chars.begin(), chars.end()).c_str();
-    } else if (type.index() == 1) {
-      auto ints = read_array<int64_t>(context, name.c_str(), ort::kInts);
-      if (!ints.empty()) attributes[name] = std::move(ints);
-    }  // the shape does not depend on floats
-  }
-  return attributes;
-}
-
-struct Shape {
-  int type;
-  std::vector<int64_t> dimensions;  // -1: unknown
-  std::vector<const char*> names;
-};
-
-bool input_shape(const ort::ShapeContext* context, size_t index, Shape& shape) {
-  size_t count = 0, rank = 0;
-  ort::TensorInfo* info = nullptr;  // owned by the context
-  check(ort::shape_input_count(context, &count));
-  if (index >= count || !ort::succeeded(ort::shape_input(context, index, &info)) || !info) return false;
-  check(ort::element_type(info, &shape.type));
-  check(ort::dimension_count(info, &rank));
-  if (rank != 4) return false;  // an unknown rank shows as 0
-  shape.dimensions.resize(rank), shape.names.resize(rank);
-  check(ort::dimensions(info, shape.dimensions.data(), rank));
-  check(ort::symbolic_dimensions(info, shape.names.data(), rank));
-  return true;
-}
-
-void set_output(ort::ShapeContext* context, Shape& shape) {
-  ort::TensorInfo* info = nullptr;
-  check(ort::create_tensor_info(&info));
-  const bool ok = ort::succeeded(ort::set_element_type(info, shape.type)) &&
-                  ort::succeeded(ort::set_dimensions(info, shape.dimensions.data(), shape.dimensions.size())) &&
-                  ort::succeeded(ort::set_symbolic_dimensions(info, shape.names.data(), shape.names.size())) &&
-                  ort::succeeded(ort::set_output_shape(context, 0, info));
-  ort::release_tensor_info(info);
-  if (!ok) fail("the shape of Y cannot be set");
-}
-
-// A wrong node is left to create_kernel to refuse: ONNX Runtime ignores what inference reports.
-// ONNX Runtime may call it on the registration of another type, so X tells the type.
-ort::Status* infer_shape(const ort::CustomOp*, ort::ShapeContext* context) {
-  return guarded("", [&] {
-    const Module module = read_attributes("", read_all(context));
-    Shape x, weight;
-    if (!input_shape(context, 0, x) || !input_shape(context, weight_input(module.stages.size() - 1), weight)) return;
-    const int in_h = module.input_nchw ? 2 : 1, out_h = module.output_nchw ? 2 : 1;
-    Shape y{x.type, {x.dimensions[0], -1, -1, -1}, {x.names[0], "", "", ""}};
-    y.dimensions[module.output_nchw ? 1 : 3] = weight.dimensions[0];
-    MapSize size{x.dimensions[in_h], x.dimensions[in_h + 1]};
-    for (const Stage& stage : module.stages) {
-      const MapSize next = output_size(stage, size);
-      size = {size.height < 0 ? -1 : next.height, size.width < 0 ? -1 : next.width};
-    }
-    y.dimensions[out_h] = size.height, y.dimensions[out_h + 1] = size.width;
-    set_output(context, y);
-  });
-}
-
 Op make_op(const char* provider, ort::ElementType type) {
   Op op{};
   op.provider = provider;
@@ -134,7 +59,7 @@ Op make_op(const char* provider, ort::ElementType type) {
   op.create_kernel_v2 = create_kernel;
   op.kernel_compute_v2 = compute;
   op.kernel_destroy = [](void* kernel) { delete static_cast<Kernel*>(kernel); };
-  op.infer_output_shape = infer_shape;
+  op.infer_output_shape = [](const ort::CustomOp*, ort::ShapeContext* context) { return infer_shape(context); };
   return op;
 }
 

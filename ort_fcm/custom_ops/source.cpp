@@ -1,6 +1,4 @@
 // The source of one kernel: an include and a function that fills the Spec field by field.
-#include <cstdio>
-
 #include "error.h"
 #include "specialise.h"
 
@@ -8,9 +6,7 @@ namespace fcm {
 namespace {
 
 std::string literal(float value) {
-  char digits[32];
-  std::snprintf(digits, sizeof digits, "%.9g", double(value));
-  std::string out = digits;
+  std::string out = text(value);
   if (out.find_first_of(".e") == std::string::npos) out += ".0";
   return out + "f";
 }
