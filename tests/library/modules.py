@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +12,7 @@ from onnx import helper, numpy_helper
 
 from ort_fcm.library import library_path
 
-Array = NDArray[np.generic]
+Array = NDArray[Any]
 CHAINS = ("dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw")
 ACTIVATIONS = (
     "none relu clip hardswish silu hardsigmoid sigmoid gelu gelu_tanh leakyrelu prelu tanh".split()  # noqa: SIM905
@@ -185,7 +186,7 @@ def node_inputs(module: Module) -> list[str]:
     return names
 
 
-def fused_model(module: Module, dynamic: bool = False, **changes: object) -> onnx.ModelProto:
+def fused_model(module: Module, dynamic: bool = False, **changes: Any) -> onnx.ModelProto:
     """A model of one FusedConvModule node named "module0"; `changes` replace attributes, None removes one."""
     attributes = {k: v for k, v in {**module.attributes(), **changes}.items() if v is not None}
     node = helper.make_node(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from tests.library.modules import Module, Stage, fused_model, inputs, session, with_weights
+from tests.library.modules import Array, Module, Stage, fused_model, inputs, session, with_weights
 
 
 def _module() -> Module:
@@ -45,13 +46,13 @@ def _module() -> Module:
          "inputs are given for stage 3, but there are only 2 stages"),
     ],
 )  # fmt: skip
-def test_attributes(changes: dict[str, object], cause: str) -> None:
+def test_attributes(changes: dict[str, Any], cause: str) -> None:
     with pytest.raises(Exception, match="FusedConvModule 'module0': ") as caught:
         session(fused_model(_module(), **changes), True)
     assert cause in str(caught.value)
 
 
-def _replace(name: str, value: np.ndarray) -> Callable[[onnx.ModelProto], None]:  # type: ignore[type-arg]
+def _replace(name: str, value: Array) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
         tensor = next(t for t in model.graph.initializer if t.name == name)
         tensor.CopyFrom(numpy_helper.from_array(value, name))
