@@ -33,7 +33,8 @@ class Priors:
     split_clocks: float = 1500.0  # of a cluster: its barriers and the partial sums through distributed shared memory
     launch_us: float = 1.2  # of a kernel in a captured graph
     depthwise_overhead: float = 0.35  # plain instructions of the depthwise beyond its multiply-adds
-    base_registers: int = 48  # addresses, counters, pipeline state
+    base_registers: int = 52  # addresses, counters, pipeline state
+    spare_registers: int = 16  # kept free below every bound, so that none spill
     # stock: separate NCHW kernels
     stock_conv_us: float = 5.0  # of a convolution kernel, however small
     stock_elementwise_us: float = 2.5  # of an activation, Add or layout change kernel
@@ -331,7 +332,7 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
         if seg.first and seg.first.kind == "conv":  # the patch of X under the halo region
             rows = (spatial.halo_rows - 1) * seg.first.stride[0] + seg.first.reach[0]
             columns = (spatial.halo_columns - 1) * seg.first.stride[1] + seg.first.reach[1]
-            once += round_up(t.images * seg.c_in * rows * columns * seg.element, 16)
+            once += round_up(t.images * seg.c_in * rows * round_up(columns + 1, 2) * seg.element, 16)
         chunk += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
         chunk += groups * (seg.depthwise.taps * 64 + vectors(seg.depthwise))
     if seg.project:
@@ -346,7 +347,9 @@ def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
     """Registers of a thread, estimated: accumulators, `first`'s fragments, and the hungrier of the phases."""
     phase = 24  # fragments and sums of a tensor-core product
     if seg.depthwise:
-        phase = max(phase, 4 * min(seg.depthwise.taps, 9) + 8 * tile.patch_h + 8)
+        phase = max(phase, 4 * min(seg.depthwise.taps, 9) + 12 * tile.patch_h + 8)
+    if seg.project and seg.element == 4:
+        phase += 16  # operands rounded to TF32
     held = _first_tiles(seg, tile) * seg.first_steps * 4 if seg.first and _first_in_registers(seg, tile) else 0
     return priors.base_registers + accumulators(seg, tile) + held + phase
 
@@ -404,7 +407,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
         return None
     shared, regs = shared_bytes(seg, t), registers(seg, t, priors)
     blocks = resident(seg, t, gpu, shared, regs)
-    if not blocks:
+    if not blocks or regs + priors.spare_registers > MAX_REGISTERS:
         return None
 
     # Geometry: S spatial tiles, B channel blocks, pixels read.

@@ -8,7 +8,19 @@ from functools import lru_cache
 from typing import Any
 
 from .chain import Chain, Layer, PlannerError, Tile, ceil_div, round_up
-from .cost import PRIORS, Estimate, Priors, Segment, estimate, illegal, layout_change, segment, stock, tiling
+from .cost import (
+    PRIORS,
+    Estimate,
+    Priors,
+    Segment,
+    estimate,
+    illegal,
+    layout_change,
+    resident,
+    segment,
+    stock,
+    tiling,
+)
 from .gpus import Gpu
 from .gpus import gpu as gpu_by_name
 
@@ -189,10 +201,13 @@ def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) 
         found.sort(key=lambda item: (item[1].traffic_bytes, item[1].time_us))
     else:
         found.sort(key=lambda item: (item[1].time_us, item[1].traffic_bytes))
-    return tuple(
-        (replace(tile, blocks=min(cost.resident, max(1, ceil_div(cost.grid, gpu.sms)), 2048 // tile.threads)), cost)
-        for tile, cost in found[: limit or None]
-    )
+    return tuple((_bounded(seg, tile, cost, gpu, priors), cost) for tile, cost in found[: limit or None])
+
+
+def _bounded(seg: Segment, tile: Tile, cost: Estimate, gpu: Gpu, priors: Priors) -> Tile:
+    """The tile with the thread blocks an SM should hold: no more than there are, nor than registers surely allow."""
+    roomy = resident(seg, tile, gpu, cost.shared_bytes, cost.registers + priors.spare_registers)
+    return replace(tile, blocks=max(1, min(roomy, ceil_div(cost.grid, gpu.sms), 2048 // tile.threads)))
 
 
 def _module(seg: Segment, first: int, last: int, gpu: Gpu, tile: Tile, cost: Estimate) -> Module:
