@@ -1,0 +1,118 @@
+"""Modules as plain fields of `fcm::Spec`, fixed ones that cover each path of the kernels and random ones."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+ACTIVATIONS = (
+    "none relu clip hardswish silu hardsigmoid sigmoid gelu gelu_tanh leakyrelu prelu tanh".split()
+)  # in the order of `Activation` in spec.h
+PARAMETERS = {"clip": (-0.5, 1.5), "hardsigmoid": (0.2, 0.4), "leakyrelu": (0.1, 0.0)}
+TYPES = ("float16", "tf32", "float32")
+CHAINS = "dw pw conv dw-pw pw-dw conv-dw pw-pw conv-pw pw-dw-pw conv-dw-pw".split()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A module and the input it runs on: `fields` are C++ values by their place in `fcm::Spec`."""
+
+    fields: tuple[tuple[str, str], ...]
+    batch: int
+    height: int
+    width: int
+
+    def function(self, name: str) -> str:
+        """A constexpr C++ function that returns the Spec."""
+        body = "\n".join(f"  s.{key} = {value};" for key, value in self.fields)
+        return f"constexpr fcm::Spec {name}() {{\n  fcm::Spec s;\n{body}\n  return s;\n}}\n"
+
+
+def _act(name: str) -> str:
+    alpha, beta = PARAMETERS.get(name, (0.0, 0.0))
+    return f"{{fcm::Activation::{name}, {alpha}f, {beta}f}}"
+
+
+def _window(kernel: int, stride: int, dilation: int, pads: tuple[int, int, int, int]) -> str:
+    return f"{{{kernel}, {kernel}, {stride}, {stride}, {dilation}, {dilation}, {', '.join(map(str, pads))}}}"
+
+
+def draw(rng: random.Random, chain: str, type_: str, activation: str | None = None) -> Case:
+    """A random module of `chain` (a value of the attribute `stages`) with a legal random tile, on a small odd map."""
+    stages = chain.split("-")
+    group = 32 if type_ == "float16" else 16
+    depthwise, last_dense = "dw" in stages, stages[-1] != "dw"
+    fields: dict[str, str] = {"type": f"fcm::Type::{type_}", "depthwise": str(depthwise).lower()}
+
+    def act() -> str:
+        return _act(activation or rng.choice(ACTIVATIONS))
+
+    def window(kind: str) -> str:
+        if kind == "pw":
+            return _window(1, rng.choice((1, 1, 2)) if stages[0] == "pw" and kind == stages[0] else 1, 1, (0, 0, 0, 0))
+        kernel, stride = rng.choice((3, 3, 5, 7)) if kind == "dw" else 3, rng.choice((1, 2))
+        dilation = rng.choice((1, 1, 2)) if kind == "dw" else 1
+        reach = dilation * (kernel - 1)
+        pads = tuple(rng.randint(0, reach) for _ in range(4))
+        return _window(kernel, stride, dilation, (pads[0], pads[1], pads[2], pads[3]))
+
+    dense = {"pw": "fcm::Dense::pointwise", "conv": "fcm::Dense::convolution"}
+    c_in = 3 if stages[0] == "conv" else rng.choice((8, 13, 16, 24, 40, 48, 64, 70))
+    first = len(stages) > 1 and stages[0] != "dw"
+    c_mid = rng.choice((17, 32, 48, 72, 96)) if first else c_in
+    c_out = rng.choice((7, 16, 24, 40, 80)) if last_dense else c_mid
+    if first:
+        fields |= {"first": dense[stages[0]], "first_window": window(stages[0]), "first_act": act()}
+    if depthwise:
+        fields |= {"depthwise_window": window("dw"), "depthwise_act": act()}
+    if last_dense:
+        last = stages[-1]
+        fields |= {"project": dense[last], "project_act": act()}
+        fields["project_window"] = window(last) if len(stages) == 1 else _window(1, 1, 1, (0, 0, 0, 0))
+    fields |= {"c_in": str(c_in), "c_mid": str(c_mid), "c_out": str(c_out)}
+    fields["residual"] = str(rng.random() < 0.4).lower()
+    fields["output_act"] = _act(rng.choice(("none", "relu")))
+    fields["input_nchw"] = str(rng.random() < (0.8 if stages[0] == "conv" else 0.2)).lower()
+    fields["output_nchw"] = str(rng.random() < 0.2).lower()
+
+    patch_h = rng.choice((1, 2, 4))
+    warps_n = rng.choice((1, 2)) if last_dense else 1
+    groups = -(-(9 * c_in if chain == "conv" else c_mid) // group)
+    chunk = group * warps_n * rng.choice((1, 2))
+    split = rng.choice([n for n in (1, 1, 2, 4) if n <= -(-groups * group // chunk)]) if last_dense else 1
+    tile_h, tile_w, images = patch_h * rng.choice((1, 2, 3)), 2 * rng.choice((2, 3, 4)), rng.choice((1, 1, 2))
+    height, width, batch = rng.randint(9, 17), rng.randint(9, 17), rng.choice((1, 2, 3))
+    if not depthwise:
+        images = 1
+    if images > 1:  # such a tile covers the map
+        height, width = rng.randint(5, 8), rng.randint(5, 8)
+        tile_h, tile_w = 16, 16
+    warps_m = -(-images * (tile_h // patch_h) * (tile_w // 2) // 8) if depthwise else rng.choice((1, 2))
+    block_n = chunk if rng.random() < 0.3 else 0
+    warp_groups = -(-(block_n or c_out) // (group * warps_n))
+    if warps_m * warps_n > 8 or (last_dense and patch_h * warp_groups * group > 320):  # too many threads or registers
+        return draw(rng, chain, type_, activation)
+    tile = {"tile_h": tile_h, "tile_w": tile_w, "images": images, "patch_h": patch_h, "chunk": chunk, "warps_m": warps_m}
+    tile |= {"warps_n": warps_n, "block_n": block_n, "split": split}
+    fields |= {f"tile.{key}": str(value) for key, value in tile.items()}
+    if min(_out(fields, height, side=0), _out(fields, width, side=1)) < 1:  # the windows leave nothing
+        return draw(rng, chain, type_, activation)
+    return Case(tuple(fields.items()), batch, height, width)
+
+
+def _out(fields: dict[str, str], pixels: int, side: int) -> int:
+    """Pixels of the output along one axis (side 0: height)."""
+    for name in ("first_window", "depthwise_window", "project_window"):
+        if name in fields:
+            kernel, _, stride, _, dilation, _, *pads = (int(v) for v in fields[name].strip("{}").split(","))
+            reach = pixels + pads[side] + pads[side + 2] - dilation * (kernel - 1) - 1
+            pixels = reach // stride + 1 if reach >= 0 else 0
+    return pixels
+
+
+def cases(seed: int, random_cases: int) -> list[Case]:
+    """Every chain in each type, every activation, and `random_cases` more."""
+    rng = random.Random(seed)
+    drawn = [draw(rng, chain, TYPES[(i + seed) % 3]) for i, chain in enumerate(CHAINS)]
+    drawn += [draw(rng, "pw-dw-pw", "float16", activation) for activation in ACTIVATIONS]
+    return drawn + [draw(rng, rng.choice(CHAINS), rng.choice(TYPES)) for _ in range(random_cases)]
