@@ -14,9 +14,7 @@ from ort_fcm.library import library_path
 
 Array = NDArray[Any]
 CHAINS = ("dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw")
-ACTIVATIONS = (
-    "none relu clip hardswish silu hardsigmoid sigmoid gelu gelu_tanh leakyrelu prelu tanh".split()  # noqa: SIM905
-)
+ACTIVATIONS = "none relu clip hardswish silu hardsigmoid sigmoid gelu gelu_tanh leakyrelu prelu tanh".split()
 
 
 @dataclass
@@ -279,7 +277,7 @@ def relative_error(actual: Array, expected: Array) -> float:
     outputs of the order of 1: what cancels to almost nothing has the error of what it was the sum of."""
     difference = actual.astype(np.float64) - expected.astype(np.float64)
     norm = float(np.linalg.norm(expected.astype(np.float64)))
-    return float(np.linalg.norm(difference)) / max(norm, 0.3 * expected.size**0.5)
+    return float(np.linalg.norm(difference)) / max(norm, 0.3 * float(expected.size) ** 0.5)
 
 
 __all__ = [
