@@ -181,7 +181,7 @@ def _does_nothing(node: NodeProto) -> bool:
     )
 
 
-def _window(node: NodeProto, size: Hashable, weight: tuple[Hashable, ...], axis: int) -> Hashable:
+def _window(node: NodeProto, size: Hashable, weight: tuple[Any, ...], axis: int) -> Hashable:
     """The size of a sliding window's output: the input's own when the window keeps it, else named after both."""
     values = attributes(node)
     kernel = values["kernel_shape"][axis] if "kernel_shape" in values else weight[axis + 2]

@@ -9,7 +9,7 @@ from pathlib import Path
 import onnx
 from onnx import helper, inliner
 
-from ort_fcm.compare import compare
+from ort_fcm.compare import compare, session
 from ort_fcm.device import present_gpu
 from ort_fcm.errors import FcmError
 from ort_fcm.planner import Gpu, Plan, PlannerError
@@ -70,10 +70,16 @@ def rewrite(
     result.CopyFrom(original)
     if constants:
         _drop_overridable_inputs(result.graph)
-    if float16:
-        result = to_float16(result)
     report = Report(target.name, is_default)
-    plans = _rewrite(result, report, target, batch, plan, objective)
+    try:
+        if float16:
+            result = to_float16(result)
+        plans = _rewrite(result, report, target, batch, plan, objective)
+    except FcmError:
+        raise
+    except Exception:
+        session(original)  # when the model is at fault, this says how
+        raise
     if check:
         report.check = _check(original, result, float16) if report.modules or float16 else UNCHANGED
     if path is not None:
