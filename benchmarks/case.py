@@ -223,6 +223,90 @@ def model_of(case: Case, data: Data, dynamic: bool = False) -> onnx.ModelProto:
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
 
+def cases_of(model: onnx.ModelProto, dtype: str | None = None) -> dict[str, Case]:
+    """The modules of a rewritten model of static shapes, by node name, with data of their own.
+
+    `dtype` says how float32 modules compute (tf32 by default, or float32).
+    """
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    values = {value.name: value.type.tensor_type for value in [*graph.input, *graph.value_info, *graph.output]}
+    weights = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    cases = {}
+    for node in graph.node:
+        if node.domain != DOMAIN:
+            continue
+        a = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        a = {name: value.decode() if isinstance(value, bytes) else value for name, value in a.items()}
+        kinds = a["stages"].split("-")
+        count = len(kinds)
+        activations = a.get("activations", ",".join(["none"] * count)).split(",")
+
+        def part(name: str, i: int, default: tuple[Any, ...], a: dict[str, Any] = a) -> tuple[Any, ...]:
+            width = len(default)
+            return tuple(a[name][i * width : (i + 1) * width]) if name in a else default
+
+        stages = []
+        for i, kind in enumerate(kinds):
+            m, per_group = weights[node.input[1 + 2 * i]][:2]
+            stages.append(
+                Stage(
+                    kind,
+                    m if kind == "dw" else per_group,
+                    m,
+                    part("kernel_shape", i, (1, 1)),
+                    part("strides", i, (1, 1)),
+                    part("dilations", i, (1, 1)),
+                    part("pads", i, (0, 0, 0, 0)),
+                    activations[i],
+                    part("activation_params", i, (0.0, 0.0)),
+                    len(node.input) > 2 + 2 * i and bool(node.input[2 + 2 * i]),
+                )
+            )
+        x = values[node.input[0]]
+        input_nchw = a.get("input_layout") == "NCHW"
+        shape = [dim.dim_value for dim in x.shape.dim]
+        half = x.elem_type == TensorProto.FLOAT16
+        cases[node.name] = Case(
+            tuple(stages),
+            "float16" if half else dtype or "tf32",
+            shape[0],
+            *(shape[2:] if input_nchw else shape[1:3]),
+            residual=len(node.input) > 7 and bool(node.input[7]),
+            output_activation=a.get("output_activation", "none"),
+            output_params=tuple(a.get("output_activation_params", (0.0, 0.0))),
+            input_nchw=input_nchw,
+            output_nchw=a.get("output_layout") == "NCHW",
+            tile=a.get("tile", ""),
+        )
+    return cases
+
+
+def describe(case: Case) -> str:
+    """The module as the library's C functions for tools read it (see `ort_fcm.library.kernel_source`)."""
+
+    def flat(name: str) -> str:
+        return " ".join(str(v) for stage in case.stages for v in getattr(stage, name))
+
+    lines = {
+        "stages": case.name,
+        "kernel_shape": flat("kernel"),
+        "strides": flat("stride"),
+        "dilations": flat("dilation"),
+        "pads": flat("pads"),
+        "activations": ",".join(stage.activation for stage in case.stages),
+        "activation_params": flat("params"),
+        "output_activation": case.output_activation,
+        "output_activation_params": " ".join(map(str, case.output_params)),
+        "input_layout": "NCHW" if case.input_nchw else "NHWC",
+        "output_layout": "NCHW" if case.output_nchw else "NHWC",
+        "tile": case.tile,
+        "channels": " ".join(map(str, [case.stages[0].c_in, *(stage.c_out for stage in case.stages)])),
+        "type": case.dtype,
+        "residual": str(int(case.residual)),
+    }
+    return "".join(f"{name}={value}\n" for name, value in lines.items())
+
+
 def layout(values: Array, nchw: bool) -> Array:
     """NCHW values in the layout that a graph input or output has."""
     return np.ascontiguousarray(values if nchw else values.transpose(0, 2, 3, 1))

@@ -1,0 +1,100 @@
+"""NVRTC compiles the kernels of planned networks for every architecture, without spills and within shared memory.
+
+A sample by default; all kernels of all networks with ORT_FCM_FULL=1. Cubins stay in the library's cache, so that a second
+run is quick.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import onnx
+import pytest
+
+import ort_fcm
+from benchmarks.case import Case, cases_of, describe
+from benchmarks.cubin import resources
+from examples import mobilenetv2
+from ort_fcm import bench, library
+
+FULL = os.environ.get("ORT_FCM_FULL") == "1"
+SAMPLE = 3  # kernels of a network, type and architecture
+# The card that each architecture is planned for, and bytes of shared memory that a thread block may have there.
+CARDS = {
+    "sm_75": ("T4", 64 << 10),
+    "sm_80": ("A100", 163 << 10),
+    "sm_86": ("A10", 99 << 10),
+    "sm_87": ("Jetson AGX Orin", 163 << 10),
+    "sm_89": ("RTX 4090", 99 << 10),
+    "sm_90a": ("H200", 227 << 10),
+    "sm_100": ("B200", 227 << 10),
+    "sm_120": ("RTX 5090", 99 << 10),
+}
+
+
+def _networks(dtype: str) -> Iterator[tuple[str, onnx.ModelProto]]:
+    for batch in (1, 128):
+        yield f"mobilenetv2 batch {batch}", mobilenetv2.build(batch, dtype)
+    directory = os.environ.get("ORT_FCM_MODELS")
+    if FULL and directory:
+        for path in sorted(Path(directory).glob("*.onnx")):
+            model = onnx.load(path)
+            shapes = {
+                value.name: [
+                    dim.dim_value or (1, 3, 640, 640)[i] for i, dim in enumerate(value.type.tensor_type.shape.dim)
+                ]
+                for value in model.graph.input
+                if value.name not in {tensor.name for tensor in model.graph.initializer}
+            }
+            yield path.stem, bench.fix_shapes(model, shapes=shapes)
+
+
+def _types(architecture: str) -> tuple[str, ...]:
+    """As the library computes there: TF32 needs sm_80."""
+    return ("float16", "float32") if architecture == "sm_75" else ("float16", "tf32")
+
+
+@cache
+def _kernels(architecture: str, dtype: str) -> dict[str, Case]:
+    """The distinct kernels of all networks, by their description."""
+    found: dict[str, Case] = {}
+    half = dtype == "float16"
+    for name, model in _networks("float16" if half else "float32"):
+        done = ort_fcm.rewrite(
+            model, gpu=CARDS[architecture][0], check=False, constants=True, float16=half and "mobilenetv2" not in name
+        )
+        cases = list(cases_of(done.model, dtype).values())
+        assert cases or "qdq" in name, f"{name}: nothing was fused"
+        for case in cases if FULL else cases[:: len(cases) // SAMPLE]:
+            plain = replace(case, batch=1, h=1, w=1)  # no kernel is compiled for these
+            found[describe(plain)] = plain
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("architecture", CARDS)
+def test_kernels_compile_without_spills(architecture: str, dtype: str) -> None:
+    limit = CARDS[architecture][1]
+    dtype = dtype if dtype == "float16" else _types(architecture)[1]
+    kernels = _kernels(architecture, dtype)
+
+    def fault(description: str) -> str | None:
+        used = library.kernel_resources(description, limit)
+        if used["replaced"]:
+            return f"tile replaced: {used['replaced']}"
+        if int(used["shared_bytes"]) > limit:
+            return f"{used['shared_bytes']} bytes of shared memory"
+        compiled = resources(library.compile_kernel(description, architecture).read_bytes())
+        if compiled.registers * int(used["threads"]) > 65536:
+            return f"{compiled.registers} registers a thread of {used['threads']}"
+        return f"{compiled.frame_bytes} bytes of stack: spilled" if compiled.frame_bytes else None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = dict(zip(kernels, pool.map(fault, kernels), strict=True))
+    wrong = [f"{kernels[d].to_line()}: {why}" for d, why in faults.items() if why]
+    assert not wrong, f"{len(wrong)} of {len(kernels)} kernels for {architecture}:\n" + "\n".join(wrong)
