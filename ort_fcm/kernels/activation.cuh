@@ -48,7 +48,8 @@ constexpr bool starts_with_relu(Act act) {
   return act.kind == Activation::relu || (act.kind == Activation::clip && act.alpha == 0.f);
 }
 
-// Activation of two packed halves, without leaving half precision; only where packs(kind). RECTIFIED: max(x, 0) is done.
+// Activation of two packed halves, without leaving half precision; only where packs(kind). RECTIFIED: max(x, 0) is
+// done.
 template <bool RECTIFIED = false>
 FCM_DEVICE u32 activate_half2(Act act, u32 x) {
   if (act.kind == Activation::relu) return RECTIFIED ? x : half2_max(x, 0);

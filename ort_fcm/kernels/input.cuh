@@ -53,8 +53,8 @@ struct Input {
     return L::operand(v);
   }
 
-  // X under the halo region in shared memory, zero outside of X, where a dense convolution comes first: rows start at an
-  // even column, so that halves can be copied in pairs.
+  // X under the halo region in shared memory, zero outside of X, where a dense convolution comes first: rows start at
+  // an even column, so that halves can be copied in pairs.
   struct Staged {
     static constexpr Window W = S.first_window;
     static constexpr int kRows = stages_input(S) ? staged_h(S) : 1, kPitch = stages_input(S) ? staged_pitch(S) : 2;

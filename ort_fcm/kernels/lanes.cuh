@@ -1,7 +1,7 @@
-// How channels lie over lanes. Lane 4 * g + t of a warp holds pixels g and g + 8 of a 16-pixel tile, and of each group of
-// channels the 16 bytes that start at t * lane_channels(). Reductions do not care for order and pack.h permutes the
-// weights to match, so that the same 16 bytes are a load, a store, the result of one tensor-core product and the operand
-// of the next. Where a dimension ends in half a group, a lane has 8 bytes.
+// How channels lie over lanes. Lane 4 * g + t of a warp holds pixels g and g + 8 of a 16-pixel tile, and of each group
+// of channels the 16 bytes that start at t * lane_channels(). Reductions do not care for order and pack.h permutes the
+// weights to match, so that the same 16 bytes are a load, a store, the result of one tensor-core product and the
+// operand of the next. Where a dimension ends in half a group, a lane has 8 bytes.
 #pragma once
 
 #include "activation.cuh"
@@ -18,7 +18,7 @@ struct Lanes {
   static constexpr int kPatch = S.tile.patch_h;
 
   FCM_DEVICE static int lane() { return thread_index() % 32; }
-  FCM_DEVICE static int row() { return lane() / 4; }    // g
+  FCM_DEVICE static int row() { return lane() / 4; }     // g
   FCM_DEVICE static int column() { return lane() % 4; }  // t
   FCM_DEVICE static int warp_m() { return thread_index() / 32 % S.tile.warps_m; }
   FCM_DEVICE static int warp_n() { return thread_index() / 32 / S.tile.warps_m; }

@@ -1,7 +1,7 @@
 // The fused module: one thread block walks over its middle channels in chunks. Step i copies the weights (and inputs)
-// that step i + 1 needs, computes the middle tensor of chunk i + 1 into one buffer while the depthwise reads chunk i from
-// the other, and adds the products of chunk i (or i - 1, where warps exchange fragments) to the result in registers. So
-// one barrier a step suffices.
+// that step i + 1 needs, computes the middle tensor of chunk i + 1 into one buffer while the depthwise reads chunk i
+// from the other, and adds the products of chunk i (or i - 1, where warps exchange fragments) to the result in
+// registers. So one barrier a step suffices.
 #pragma once
 
 #include "depthwise.cuh"
@@ -88,7 +88,8 @@ struct Module {
     return (((L::warp_m() * kChunkGroups + gi) * P + py) * 2 + side) * kFragment + L::lane() * 16;
   }
 
-  // ---- Copies ----------------------------------------------------------------------------------------------------------
+  // ---- Copies
+  // ----------------------------------------------------------------------------------------------------------
 
   template <int BYTES>
   FCM_DEVICE static void copy(char* to, const void* from) {
@@ -126,8 +127,8 @@ struct Module {
     if constexpr (kProject) {
       if (step < 0 || step >= steps) return;
       constexpr int kRow = block_n(S) / 8 * kFragment;  // of a group, this block's channels
-      const char* from = (const char*)p.project_weight + (long long)chunk(step) * kChunkGroups * kPackedRow +
-                         block_y() * kRow;
+      const char* from =
+          (const char*)p.project_weight + (long long)chunk(step) * kChunkGroups * kPackedRow + block_y() * kRow;
       if constexpr (kRow == kPackedRow) {
         copy<kChunkGroups * kRow>(project_buffer(step), from);
       } else {  // the last block may have fewer channels
@@ -161,7 +162,7 @@ struct Module {
           } else {
             const int area = p.in_h * p.in_w, image = from / area, rest = from % area;
             *(Vec*)slot = In::template load<Dense::none, L::kLane>(p, Window{}, place.image0 + image, rest / p.in_w,
-                                                                 rest % p.in_w, k, true);
+                                                                   rest % p.in_w, k, true);
           }
         }
       }
@@ -201,7 +202,8 @@ struct Module {
     copy_async_commit();
   }
 
-  // ---- Stages ----------------------------------------------------------------------------------------------------------
+  // ---- Stages
+  // ----------------------------------------------------------------------------------------------------------
 
   FCM_DEVICE void load_first_input() {
     [[maybe_unused]] const typename In::Staged staged(shared + kStagedAt, place.halo_x());
@@ -243,8 +245,8 @@ struct Module {
   // Products of group gi of the chunk in `buffer` for COUNT tiles from tile i on.
   template <int COUNT>
   FCM_DEVICE void first_products(float (&c)[COUNT][kBlocks8][4], int i, const char* buffer, int gi) const {
-    const float* bias = (const float*)(buffer + kChunkGroups * first_group_bytes(S)) + gi * kGroup +
-                        L::column() * L::kLane;
+    const float* bias =
+        (const float*)(buffer + kChunkGroups * first_group_bytes(S)) + gi * kGroup + L::column() * L::kLane;
     FCM_UNROLL
     for (int m = 0; m < COUNT; ++m) L::start(c[m], bias);
     FCM_UNROLL
@@ -315,8 +317,8 @@ struct Module {
                          L::column() * 16;
       const int side = T::kShift < 31 ? q.x / 2 & 1 : 0;
       const char* buffer = depthwise_buffer(step);
-      const float* bias = (const float*)(buffer + kChunkGroups * depthwise_group_bytes(S)) + gi * kGroup +
-                          L::column() * L::kLane;
+      const float* bias =
+          (const float*)(buffer + kChunkGroups * depthwise_group_bytes(S)) + gi * kGroup + L::column() * L::kLane;
       Depthwise<C>::run(d, halo, side, buffer + gi * depthwise_group_bytes(S) + L::column() * 16, bias,
                         bias + S.tile.chunk);
     } else if constexpr (kFirst) {
@@ -403,7 +405,8 @@ struct Module {
     }
   }
 
-  // ---- The end ---------------------------------------------------------------------------------------------------------
+  // ---- The end
+  // ---------------------------------------------------------------------------------------------------------
 
   FCM_DEVICE void store_sums(int warp_m, int warp_n, int py, int ng, const float (&c)[kBlocks8][4]) const {
     const int in_block = ((S.tile.warps_n > 1 ? warp_n * kWarpGroupsN : 0) + ng) * kGroup;
@@ -427,7 +430,7 @@ struct Module {
       for (int ng = 0; ng < kWarpGroupsN; ++ng) {
         FCM_UNROLL
         for (int j = 0; j < kBlocks8; ++j) {
-          const float(&c)[4] = sums[py][ng][j];
+          const float (&c)[4] = sums[py][ng][j];
           *(Vec*)(shared + reduction_offset((L::warp() * P + py) * kWarpGroupsN + ng, j)) =
               Vec{{float_bits(c[0]), float_bits(c[1]), float_bits(c[2]), float_bits(c[3])}};
         }
@@ -487,13 +490,10 @@ struct Module {
     if constexpr (kFirst) load_first_input();
     if constexpr (kProject) {
       FCM_UNROLL
-      for (int py = 0; py < P; ++py)
-        FCM_UNROLL
-        for (int ng = 0; ng < kWarpGroupsN; ++ng)
-          FCM_UNROLL
-          for (int j = 0; j < kBlocks8; ++j)
-            FCM_UNROLL
-            for (int i = 0; i < 4; ++i) sums[py][ng][j][i] = 0;
+      for (int py = 0; py < P; ++py) FCM_UNROLL
+      for (int ng = 0; ng < kWarpGroupsN; ++ng) FCM_UNROLL
+      for (int j = 0; j < kBlocks8; ++j) FCM_UNROLL
+      for (int i = 0; i < 4; ++i) sums[py][ng][j][i] = 0;
     }
     if constexpr (kAhead > 0) {
       copy_async_wait<1>();
@@ -525,8 +525,8 @@ FCM_DEVICE void run_module(const Params& p) {
 
 }  // namespace fcm
 
-// Defines the kernel fcm_module(Params) for the Spec that the constexpr function MAKE returns. Where split > 1 the kernel
-// carries its cluster's size, so that a plain launch does.
+// Defines the kernel fcm_module(Params) for the Spec that the constexpr function MAKE returns. Where split > 1 the
+// kernel carries its cluster's size, so that a plain launch does.
 #define FCM_MODULE(MAKE)                                                                  \
   struct fcm_config {                                                                     \
     static constexpr fcm::Spec spec = MAKE();                                             \

@@ -126,8 +126,7 @@ struct Output {
     for (int i = 0; i < kCount; ++i) x[i] = activate(act, c[i / 2][2 * side + i % 2] + bias[i], slope[i]);
     store<kCount>(p, q, first, x);
   }
-  FCM_DEVICE static void store_group(const Params& p, const Pixel (&q)[2], int base,
-                                     const float (&c)[L::kBlocks8][4]) {
+  FCM_DEVICE static void store_group(const Params& p, const Pixel (&q)[2], int base, const float (&c)[L::kBlocks8][4]) {
     if (base >= padded_out(S)) return;
     FCM_UNROLL
     for (int side = 0; side < 2; ++side) {

@@ -36,7 +36,8 @@ FCM_DEVICE char* shared_memory() {
 FCM_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
 FCM_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 
-// ---- Asynchronous copies to shared memory (plain ones before sm_80) ---------------------------------------------------
+// ---- Asynchronous copies to shared memory (plain ones before sm_80)
+// ---------------------------------------------------
 
 // 16 bytes; zeros if not `valid`.
 FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
@@ -70,7 +71,8 @@ FCM_DEVICE void copy_async_wait() {
 #endif
 }
 
-// ---- Clusters (sm_90 and later): their blocks lie along z --------------------------------------------------------------
+// ---- Clusters (sm_90 and later): their blocks lie along z
+// --------------------------------------------------------------
 
 FCM_DEVICE void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
@@ -93,7 +95,8 @@ FCM_DEVICE Vec cluster_load(const void* shared, int rank) {
   return v;
 }
 
-// ---- Half precision: two packed in 32 bits, the first in the low half ---------------------------------------------------
+// ---- Half precision: two packed in 32 bits, the first in the low half
+// ---------------------------------------------------
 
 FCM_DEVICE u32 half2_pack(float low, float high) {
   u32 d;
@@ -159,12 +162,14 @@ FCM_DEVICE u32 half2_min(u32 a, u32 b) {
   return d;
 }
 
-// ---- Tensor-core products: d[16 x 8] = a * b + c, operands as the hardware lays them over the lanes of a warp -------------
+// ---- Tensor-core products: d[16 x 8] = a * b + c, operands as the hardware lays them over the lanes of a warp
+// -------------
 
 // a is 16 x 16, b 16 x 8, both half.
 FCM_DEVICE void mma_half(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, "
+      "%13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #else
@@ -181,7 +186,8 @@ FCM_DEVICE void mma_half(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32
 // a is 16 x 8, b 8 x 8, both float rounded to TF32; before sm_80, exact float products over shuffles.
 FCM_DEVICE void mma_tf32(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if __CUDA_ARCH__ >= 800
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "
+      "%12, %13};"
       : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 #else
@@ -209,7 +215,8 @@ FCM_DEVICE u32 round_tf32(float x) {
 #endif
 }
 
-// ---- Mathematics ------------------------------------------------------------------------------------------------------
+// ---- Mathematics
+// ------------------------------------------------------------------------------------------------------
 
 FCM_DEVICE float fast_exp(float x) { return __expf(x); }
 FCM_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
@@ -227,10 +234,10 @@ FCM_DEVICE float minimum(float a, float b) { return fminf(a, b); }
 #define FCM_CLUSTER(SPLIT)
 #endif
 
-#define FCM_KERNEL(NAME, SPEC, BODY)                                                                       \
-  extern "C" __global__ void __launch_bounds__(fcm::threads(SPEC), (SPEC).tile.blocks)                     \
-      FCM_CLUSTER((SPEC).tile.split) NAME(const __grid_constant__ fcm::Params p) {                         \
-    BODY(p);                                                                                               \
+#define FCM_KERNEL(NAME, SPEC, BODY)                                                                                  \
+  extern "C" __global__ void __launch_bounds__(fcm::threads(SPEC), (SPEC).tile.blocks) FCM_CLUSTER((SPEC).tile.split) \
+      NAME(const __grid_constant__ fcm::Params p) {                                                                   \
+    BODY(p);                                                                                                          \
   }
 
 #endif

@@ -1,6 +1,6 @@
 // The primitives of primitives.cuh on the CPU, for tests: each CUDA thread is a fiber, switched where threads wait for
-// one another. Shared memory starts as NaN, asynchronous copies happen no sooner than they are waited for, and the order
-// of threads between barriers is random, so that what only luck makes right shows.
+// one another. Shared memory starts as NaN, asynchronous copies happen no sooner than they are waited for, and the
+// order of threads between barriers is random, so that what only luck makes right shows.
 #pragma once
 
 #include <ucontext.h>

@@ -1,6 +1,6 @@
 // What one fused module computes and how it is tiled, as plain constants. The kernels are compiled for one Spec; the
-// library fills the same struct at run time to validate a node, pack its weights and size its launch. So each fact about
-// a module's geometry is computed in one place, here. C++17, no headers: both NVRTC and a host compiler read it.
+// library fills the same struct at run time to validate a node, pack its weights and size its launch. So each fact
+// about a module's geometry is computed in one place, here. C++17, no headers: both NVRTC and a host compiler read it.
 //
 // A module is [first] -> [depthwise] -> [project], each part optional:
 //   first      pointwise (1x1) or a small dense convolution, c_in -> c_mid   (only in front of another part)
@@ -23,10 +23,10 @@ enum class Activation : int {
   silu = 4,         // x * sigmoid(x)
   hardsigmoid = 5,  // min(max(alpha * x + beta, 0), 1)
   sigmoid = 6,
-  gelu = 7,         // x / 2 * (1 + erf(x / sqrt(2)))
-  gelu_tanh = 8,    // the tanh approximation
-  leakyrelu = 9,    // x < 0 ? alpha * x : x
-  prelu = 10,       // x < 0 ? slope[channel] * x : x
+  gelu = 7,       // x / 2 * (1 + erf(x / sqrt(2)))
+  gelu_tanh = 8,  // the tanh approximation
+  leakyrelu = 9,  // x < 0 ? alpha * x : x
+  prelu = 10,     // x < 0 ? slope[channel] * x : x
   tanh = 11,
 };
 
@@ -61,9 +61,9 @@ struct Spec {
   Dense project = Dense::none;
   int c_in = 0, c_mid = 0, c_out = 0;
   Window first_window, depthwise_window, project_window;
-  Act first_act, depthwise_act, project_act;  // each after its own bias
-  bool residual = false;                      // Y = output_act(last_act(...) + R)
-  Act output_act;                             // only with a residual
+  Act first_act, depthwise_act, project_act;     // each after its own bias
+  bool residual = false;                         // Y = output_act(last_act(...) + R)
+  Act output_act;                                // only with a residual
   bool input_nchw = false, output_nchw = false;  // X (or Y and R) is NCHW instead of NHWC
   Tile tile;
 };
@@ -102,14 +102,16 @@ constexpr long long window_out(long long n, int kernel, int stride, int dilation
   return reach < 0 ? 0 : reach / stride + 1;
 }
 
-// ---- Threads ---------------------------------------------------------------------------------------------------------
+// ---- Threads
+// ---------------------------------------------------------------------------------------------------------
 
 constexpr int warps(const Spec& s) { return s.tile.warps_m * s.tile.warps_n; }
 constexpr int threads(const Spec& s) { return 32 * warps(s); }
 
-// ---- Channels --------------------------------------------------------------------------------------------------------
-// Tensor-core products take a group of channels in two steps. The channels of `first`'s input and of the output may end
-// in half a group, of which each lane owns half of lane_channels(); the middle channels are whole groups.
+// ---- Channels
+// -------------------------------------------------------------------------------------------------------- Tensor-core
+// products take a group of channels in two steps. The channels of `first`'s input and of the output may end in half a
+// group, of which each lane owns half of lane_channels(); the middle channels are whole groups.
 
 constexpr int half_group(const Spec& s) { return group(s.type) / 2; }
 constexpr int dense_depth(Dense kind, const Window& w, int channels) {
@@ -138,9 +140,10 @@ constexpr int blocks_n(const Spec& s) { return ceil_div(padded_out(s), block_n(s
 // Groups of output channels of a warp.
 constexpr int warp_groups_n(const Spec& s) { return ceil_div(ceil_div(block_n(s), group(s.type)), s.tile.warps_n); }
 
-// ---- Pixels ----------------------------------------------------------------------------------------------------------
-// With a depthwise, a thread block has images x tile_h x tile_w output pixels, and the middle tensor of its halo region
-// in shared memory. Without one, it has 16 * patch_h * warps_m consecutive pixels of the flattened N x OH x OW.
+// ---- Pixels
+// ---------------------------------------------------------------------------------------------------------- With a
+// depthwise, a thread block has images x tile_h x tile_w output pixels, and the middle tensor of its halo region in
+// shared memory. Without one, it has 16 * patch_h * warps_m consecutive pixels of the flattened N x OH x OW.
 
 constexpr int patches_x(const Spec& s) { return s.tile.tile_w / 2; }
 constexpr int patches(const Spec& s) { return s.tile.tile_h / s.tile.patch_h * patches_x(s); }
@@ -169,15 +172,15 @@ constexpr bool streams_input(const Spec& s) {
   return s.first == Dense::none && !s.depthwise && s.project == Dense::pointwise && vector_input(s);
 }
 // Whether what feeds `project` passes between warps through shared memory.
-constexpr bool exchanges(const Spec& s) {
-  return has_project(s) && (streams_input(s) || s.tile.warps_n > 1);
-}
+constexpr bool exchanges(const Spec& s) { return has_project(s) && (streams_input(s) || s.tile.warps_n > 1); }
 
-// ---- Shared memory, in bytes ------------------------------------------------------------------------------------------
+// ---- Shared memory, in bytes
+// ------------------------------------------------------------------------------------------
 
 constexpr int kFragment = 512;  // 32 lanes x 16 bytes: one operand row block of a group
 
-constexpr int halo_plane_bytes(const Spec& s) {  // the halo region of one group, and a slot that swallows what is outside
+constexpr int halo_plane_bytes(
+    const Spec& s) {  // the halo region of one group, and a slot that swallows what is outside
   return s.tile.images * halo_h(s) * halo_pitch(s) * 64 + 128;
 }
 constexpr int halo_bytes(const Spec& s) { return s.depthwise ? chunk_groups(s) * halo_plane_bytes(s) : 0; }
@@ -196,9 +199,8 @@ constexpr int staged_w(const Spec& s) {
 }
 constexpr int staged_pitch(const Spec& s) { return round_up(staged_w(s) + 1, 2); }
 constexpr int staged_bytes(const Spec& s) {
-  return stages_input(s)
-             ? round_up(s.tile.images * s.c_in * staged_h(s) * staged_pitch(s) * element_bytes(s.type), 16)
-             : 0;
+  return stages_input(s) ? round_up(s.tile.images * s.c_in * staged_h(s) * staged_pitch(s) * element_bytes(s.type), 16)
+                         : 0;
 }
 constexpr int first_group_bytes(const Spec& s) { return group(s.type) / 8 * first_steps(s) * 256; }
 constexpr int depthwise_tap_bytes(const Spec&) { return 64; }
@@ -208,9 +210,7 @@ constexpr int vectors_group_bytes(const Spec& s, const Act& act) {  // bias, and
   return group(s.type) * 4 * (act.kind == Activation::prelu ? 2 : 1);
 }
 constexpr int first_chunk_bytes(const Spec& s) {
-  return s.first == Dense::none
-             ? 0
-             : chunk_groups(s) * (first_group_bytes(s) + vectors_group_bytes(s, s.first_act));
+  return s.first == Dense::none ? 0 : chunk_groups(s) * (first_group_bytes(s) + vectors_group_bytes(s, s.first_act));
 }
 constexpr int depthwise_chunk_bytes(const Spec& s) {
   return s.depthwise ? chunk_groups(s) * (depthwise_group_bytes(s) + vectors_group_bytes(s, s.depthwise_act)) : 0;
@@ -226,12 +226,14 @@ constexpr int reduction_bytes(const Spec& s) {
 }
 // Everything that is written while something else is read has two buffers. The reduction comes after all of it.
 constexpr int shared_bytes(const Spec& s) {
-  return max(first_input_bytes(s) + staged_bytes(s) + 2 * (halo_bytes(s) + first_chunk_bytes(s) + depthwise_chunk_bytes(s) +
-                                         project_chunk_bytes(s) + exchange_bytes(s)),
+  return max(first_input_bytes(s) + staged_bytes(s) +
+                 2 * (halo_bytes(s) + first_chunk_bytes(s) + depthwise_chunk_bytes(s) + project_chunk_bytes(s) +
+                      exchange_bytes(s)),
              reduction_bytes(s));
 }
 
-// ---- Launch ----------------------------------------------------------------------------------------------------------
+// ---- Launch
+// ----------------------------------------------------------------------------------------------------------
 
 struct Launch {
   long long grid_x;  // tiles, then images

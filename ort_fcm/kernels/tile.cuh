@@ -19,10 +19,10 @@ struct TilePlace {
   static constexpr int kHaloH = S.depthwise ? halo_h(S) : 1, kPitch = S.depthwise ? halo_pitch(S) : 2;
   static constexpr int kPatchesX = patches_x(S) > 0 ? patches_x(S) : 1, kPatches = patches(S) > 0 ? patches(S) : 1;
 
-  int image0, y0, x0;                 // of the output tile
-  int top, left, rows, columns;       // the part of the halo region that lies on the middle map, and its place in it
-  int images;                         // images present
-  float per_column, per_area;         // 1 / columns, 1 / (rows * columns)
+  int image0, y0, x0;            // of the output tile
+  int top, left, rows, columns;  // the part of the halo region that lies on the middle map, and its place in it
+  int images;                    // images present
+  float per_column, per_area;    // 1 / columns, 1 / (rows * columns)
 
   FCM_DEVICE explicit TilePlace(const Params& p) {
     if constexpr (S.depthwise) {
