@@ -1,7 +1,7 @@
 """NVRTC compiles the kernels of planned networks for every architecture, without spills and within shared memory.
 
-A sample by default; all kernels of all networks with ORT_FCM_FULL=1. Cubins stay in the library's cache, so that a second
-run is quick.
+A sample by default; all kernels of all networks with ORT_FCM_FULL=1. Cubins stay in the library's cache, so that a
+second run is quick.
 """
 
 from __future__ import annotations
@@ -44,13 +44,12 @@ def _networks(dtype: str) -> Iterator[tuple[str, onnx.ModelProto]]:
     if FULL and directory:
         for path in sorted(Path(directory).glob("*.onnx")):
             model = onnx.load(path)
-            shapes = {
-                value.name: [
-                    dim.dim_value or (1, 3, 640, 640)[i] for i, dim in enumerate(value.type.tensor_type.shape.dim)
-                ]
-                for value in model.graph.input
-                if value.name not in {tensor.name for tensor in model.graph.initializer}
-            }
+            constants = {tensor.name for tensor in model.graph.initializer}
+            shapes = {}
+            for value in model.graph.input:
+                dims = value.type.tensor_type.shape.dim
+                if value.name not in constants:
+                    shapes[value.name] = [dim.dim_value or (1, 3, 640, 640)[i] for i, dim in enumerate(dims)]
             yield path.stem, bench.fix_shapes(model, shapes=shapes)
 
 
