@@ -17,7 +17,7 @@
 namespace fcm {
 namespace {
 
-constexpr int kBlock = 32;  // output channels computed together
+constexpr int kBlock = 16;  // output channels computed together
 constexpr int kPixels = 4;  // neighbouring output pixels computed together
 
 // Runs body(i) for i in [0, total) on ONNX Runtime's threads.
@@ -28,6 +28,7 @@ void parallel_for(ort::KernelContext* context, int64_t total, const std::functio
 
 // sums[p][j] = sum over k taps and c channels of rows[p * taps + k][c] * weight[k][c][j]
 FCM_VECTORISED void multiply_block(const float* const* rows, int taps, int channels, const float* weight, float* sums) {
+  static_assert(kPixels == 4);  // written out, as the compiler then keeps the sums in registers
   float acc[kPixels][kBlock] = {};
   for (int k = 0; k < taps; ++k) {
     const float *a = rows[k], *b = rows[taps + k], *c = rows[2 * taps + k], *d = rows[3 * taps + k];
@@ -181,9 +182,22 @@ struct View {
   MapSize size;
   int channels;
 
-  int64_t index(int64_t row, int64_t x, int64_t c) const {  // `row` counts through the batch
+  // Elements from the tensor's start to a row (counted through the batch), and from pixel to pixel and channel to
+  // channel.
+  int64_t row_start(int64_t row) const {
     const int64_t image = row / size.height, y = row % size.height;
-    return nchw ? ((image * channels + c) * size.height + y) * size.width + x : (row * size.width + x) * channels + c;
+    return nchw ? (image * channels * size.height + y) * size.width : row * size.width * channels;
+  }
+  int64_t pixel_step() const { return nchw ? 1 : channels; }
+  int64_t channel_step() const { return nchw ? size.height * size.width : 1; }
+
+  // Calls f(i, v) for each element of a row: i from the tensor's start, v in a channels-last row.
+  template <class F>
+  void each(int64_t row, F f) const {
+    const int64_t start = row_start(row), pixel = pixel_step(), channel = channel_step();
+    int64_t v = 0;
+    for (int64_t x = 0; x < size.width; ++x)
+      for (int64_t c = 0; c < channels; ++c) f(start + x * pixel + c * channel, v++);
   }
   float load(int64_t i) const {
     return half ? half_to_float(static_cast<const uint16_t*>(data)[i]) : static_cast<const float*>(data)[i];
@@ -236,8 +250,7 @@ class CpuKernel : public Kernel {
     std::vector<float> out(size_t(batch * x.size.height * row_size));
     parallel_for(context, batch * x.size.height, [&](size_t row) {
       float* values = &out[row * size_t(row_size)];
-      for (int64_t w = 0; w < x.size.width; ++w)
-        for (int c = 0; c < x.channels; ++c) *values++ = x.load(x.index(int64_t(row), w, c));
+      x.each(int64_t(row), [&](int64_t i, int64_t v) { values[v] = x.load(i); });
     });
     return out;
   }
@@ -265,16 +278,19 @@ class CpuKernel : public Kernel {
     const int64_t in_image = in.height * in.width * stage.stage().in_channels, row_size = y.size.width * y.channels;
     parallel_for(context, batch * y.size.height, [&](size_t index) {
       const int64_t row = int64_t(index), image = row / y.size.height;
-      std::vector<float> values(static_cast<size_t>(row_size));
-      stage.row(input + image * in_image, in, row % y.size.height, y.size.width, values.data());
-      if (module_.residual) {
-        round(values.data(), row_size);
-        for (int64_t x = 0; x < y.size.width; ++x)
-          for (int c = 0; c < y.channels; ++c) values[size_t(x * y.channels + c)] += residual.load(y.index(row, x, c));
-        activate(module_.output_act, {}, values.data(), y.size.width, y.channels);
+      std::vector<float> buffer;
+      float* values = static_cast<float*>(const_cast<void*>(y.data)) + row * row_size;
+      if (y.half || y.nchw) {
+        buffer.resize(size_t(row_size));
+        values = buffer.data();
       }
-      for (int64_t x = 0; x < y.size.width; ++x)
-        for (int c = 0; c < y.channels; ++c) y.store(y.index(row, x, c), values[size_t(x * y.channels + c)]);
+      stage.row(input + image * in_image, in, row % y.size.height, y.size.width, values);
+      if (module_.residual) {
+        round(values, row_size);
+        residual.each(row, [&](int64_t i, int64_t v) { values[v] += residual.load(i); });
+        activate(module_.output_act, {}, values, y.size.width, y.channels);
+      }
+      if (!buffer.empty()) y.each(row, [&](int64_t i, int64_t v) { y.store(i, values[v]); });
     });
   }
 

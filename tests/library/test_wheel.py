@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def test_wheel(tmp_path: Path) -> None:
     feeds = inputs(module, rng)
     (tmp_path / "model.onnx").write_bytes(fused_model(module).SerializeToString())
     np.save(tmp_path / "x.npy", feeds["X"])
-    environment["PYTHONPATH"] = str(site)
-    subprocess.run([sys.executable, "-c", _USE, str(site)], check=True, cwd=tmp_path, env=environment)
+    # Without `site`, an editable install in this environment cannot answer in the wheel's place.
+    environment["PYTHONPATH"] = os.pathsep.join([str(site), sysconfig.get_path("purelib")])
+    subprocess.run([sys.executable, "-S", "-c", _USE, str(site)], check=True, cwd=tmp_path, env=environment)
     expected = run(plain_model(module), feeds, library=False)
     np.testing.assert_allclose(np.load(tmp_path / "y.npy"), expected, rtol=1e-5, atol=1e-5)
