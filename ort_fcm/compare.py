@@ -22,7 +22,6 @@ Array = NDArray[Any]
 # Pixels of an unknown height or width: small, and a multiple of 32 as most networks need; others if it does not run.
 CHECK_SIZES = (160, 224, 256, 299, 512)
 FLOAT16_NORM_ERROR = 3e-2
-_LIMIT = 2**31 - 2**20  # bytes that a model may have in memory; larger ones go through a file
 
 
 @dataclass(frozen=True)
@@ -106,11 +105,11 @@ def session(model: Path | onnx.ModelProto, library: str | None = None) -> Any:
         options.register_custom_ops_library(library)
     try:
         if isinstance(model, onnx.ModelProto):
-            if model.ByteSize() < _LIMIT:
+            from ort_fcm.rewrite.load import is_large, save
+
+            if not is_large(model):
                 return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
             with tempfile.TemporaryDirectory() as folder:
-                from ort_fcm.rewrite.load import save
-
                 save(model, Path(folder) / "model.onnx")
                 return onnxruntime.InferenceSession(str(Path(folder) / "model.onnx"), options, ["CPUExecutionProvider"])
         return onnxruntime.InferenceSession(str(model), options, ["CPUExecutionProvider"])

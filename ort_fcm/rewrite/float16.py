@@ -137,6 +137,8 @@ def _types(node: NodeProto, opsets: dict[str, int]) -> list[int] | None:
         return [HALF] * len(node.input)
     if node.domain not in ("", "ai.onnx") or node.op_type in IN_FLOAT:
         return None
+    if node.op_type in ("Resize", "Upsample"):  # ONNX Runtime moves Transposes across it only if the rest is constant
+        return [HALF, FLOAT, FLOAT, FLOAT]
     if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
         return None
     try:

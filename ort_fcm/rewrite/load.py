@@ -127,20 +127,26 @@ def check_writable(output: Path) -> None:
         raise FcmError(f"cannot write {output}: {error.strerror}") from None
 
 
+def is_large(model: onnx.ModelProto) -> bool:
+    """Whether the model does not fit one protobuf message. (Its own ByteSize() fails when it does not.)"""
+    return sum(len(tensor.raw_data) for tensor in tensors(model)) > PROTO_LIMIT
+
+
 def save(model: onnx.ModelProto, output: Path) -> None:
     """Write `model` to `output`; weights go to `output`.data when they do not fit one file. All or nothing."""
-    external = sum(len(tensor.raw_data) for tensor in tensors(model)) > PROTO_LIMIT
     try:
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
             temporary = Path(folder) / output.name
-            if external:
+            if is_large(model):
                 copy = onnx.ModelProto()
                 copy.CopyFrom(model)
                 external_data_helper.convert_model_to_external_data(copy, location=f"{output.name}.data")
                 onnx.save(copy, temporary)
             else:
                 temporary.write_bytes(model.SerializeToString())
+            mode = temporary.stat().st_mode
             for file in sorted(Path(folder).iterdir(), reverse=True):  # the data before the model that names it
+                file.chmod(mode)  # onnx makes data files for their owner only
                 os.replace(file, output.parent / file.name)
     except OSError as error:
         raise FcmError(f"cannot write {output}: {error.strerror}") from None
