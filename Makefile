@@ -18,7 +18,8 @@ all: $(LIBRARY)
 	$(BIN)/pip install --quiet --editable '.[$(RUNTIME),test]'
 	touch $@
 
-$(LIBRARY): .venv/ready CMakeLists.txt cmake/embed.cmake $(CPP) $(KERNELS)
+# Installing has built it already; this is for sources changed since.
+$(LIBRARY): CMakeLists.txt $(wildcard cmake/*) $(CPP) $(KERNELS) | .venv/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/cmake -S . -B build/tree -G Ninja
 	$(BIN)/cmake --build build/tree
 	touch $@
