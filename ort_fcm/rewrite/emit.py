@@ -148,7 +148,8 @@ def _weights(view: View, stage: Stage, store: _Store, dtype: np.dtype[Any]) -> t
     if stage.scale is None and stage.shift is None:
         names = [stage.weight, stage.bias]
         for i, name in enumerate(names):
-            if name and name not in view.initializers:
+            # of one shared with other nodes, a copy: where ONNX Runtime casts it for these, it is constant no more
+            if name and (name not in view.initializers or len(view.uses(name)) > 1):
                 value = view.constant(name)
                 assert value is not None
                 names[i] = store.constant(value, "weight")
