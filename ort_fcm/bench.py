@@ -354,34 +354,22 @@ def measure(
     )
 
 
-def _library_version(name: str, function: str) -> int | None:
+def _cudnn_version() -> int | None:
     try:
-        call = getattr(ctypes.CDLL(name), function)
-    except (OSError, AttributeError):
-        return None
-    if function == "cudnnGetVersion":
-        call.restype = ctypes.c_size_t
-        return int(call())
-    version = ctypes.c_int()
-    return version.value if call(ctypes.byref(version)) == 0 else None
-
-
-def gpu_name() -> str | None:
-    """The name of the first GPU as its driver gives it, or None."""
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
+        version = ctypes.CDLL("libcudnn.so.9").cudnnGetVersion
     except OSError:
         return None
-    name, device = ctypes.create_string_buffer(256), ctypes.c_int()
-    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0) or cuda.cuDeviceGetName(name, 256, device):
-        return None
-    return name.value.decode()
+    version.restype = ctypes.c_size_t
+    return int(version())
 
 
 def environment() -> dict[str, Any]:
     """Where and when: versions, GPU, date (UTC) and the revision of the source, for a results file."""
     import onnxruntime as ort
 
+    from ort_fcm.device import present_device
+
+    device = present_device()
     revision = None
     try:
         root = Path(__file__).parent
@@ -394,9 +382,9 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
         "revision": os.environ.get("ORT_FCM_REVISION") or revision,
-        "gpu": gpu_name(),
-        "cuda_driver": _library_version("libcuda.so.1", "cuDriverGetVersion"),
-        "cudnn": _library_version("libcudnn.so.9", "cudnnGetVersion"),
+        "gpu": device and device.name,
+        "cuda_driver": device and device.driver,
+        "cudnn": _cudnn_version(),
         "onnxruntime": ort.__version__,
         "onnx": onnx.__version__,
         "python": platform.python_version(),
@@ -408,13 +396,15 @@ def require_provider(provider: str) -> str:
     """The device, `cuda` or `cpu`, of a provider name; an FcmError when this machine cannot run it."""
     import onnxruntime as ort
 
+    from ort_fcm.device import present_device
+
     if provider == "cpu":
         return "cpu"
     if provider != "cuda":
         raise FcmError(f"unknown provider {provider}: it must be cuda or cpu")
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         raise FcmError("this onnxruntime has no CUDA provider: install onnxruntime-gpu, or pass --provider cpu")
-    if gpu_name() is None:
+    if present_device() is None:
         raise FcmError("no NVIDIA GPU was found on this machine: pass --provider cpu to time the CPU provider")
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()

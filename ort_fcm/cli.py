@@ -112,6 +112,7 @@ def bench(
         raise FcmError(f"--batch {batch}: not numbers separated by commas") from None
     results = benchmark.bench(model, batches, gpu=gpu, provider=provider, json=json_file)
     Console().print(benchmark.table(results))
+    raise typer.Exit(0 if all(result.passed for result in results) else 1)
 
 
 @app.command()
