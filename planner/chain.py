@@ -145,6 +145,7 @@ class Tile:
     block_n: int = 0  # output channels a thread block computes; 0: all
     split: int = 1  # thread blocks of a cluster that share the middle channels
     blocks: int = 1  # thread blocks an SM should hold: bounds the registers of a thread
+    resident: int = 0  # 1: all weights stay in shared memory, and a thread block works through many tiles
 
     def __str__(self) -> str:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))

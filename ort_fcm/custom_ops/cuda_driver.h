@@ -12,7 +12,12 @@ using Function = struct FunctionHandle*;
 using Stream = struct StreamHandle*;
 using Pointer = unsigned long long;  // device memory
 
-enum DeviceAttribute : int { kCapabilityMajor = 75, kCapabilityMinor = 76, kSharedBytesPerBlock = 97 };
+enum DeviceAttribute : int {
+  kMultiprocessors = 16,
+  kCapabilityMajor = 75,
+  kCapabilityMinor = 76,
+  kSharedBytesPerBlock = 97
+};
 enum FunctionAttribute : int { kDynamicSharedBytes = 8 };
 enum CaptureMode : int { kRelaxed = 2 };
 
@@ -24,9 +29,10 @@ struct LaunchAttribute {
     struct {
       unsigned x, y, z;
     } cluster;
+    int serialization;
   };
 };
-constexpr int kClusterDimension = 4;
+constexpr int kClusterDimension = 4, kProgrammaticStreamSerialization = 6;
 
 struct LaunchConfig {
   unsigned grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;

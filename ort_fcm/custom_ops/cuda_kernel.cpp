@@ -22,6 +22,7 @@ constexpr int kResourceVersion = 3, kUseTf32 = 10011;
 struct Gpu {
   cuda::Context context = nullptr;
   int capability = 0;  // 90 for sm_90
+  int multiprocessors = 0;
   Limits limits{};
 };
 
@@ -36,6 +37,8 @@ Gpu current_gpu() {
   cuda::require(driver.device_attribute(&minor, cuda::kCapabilityMinor, device), "asking for the GPU's capability");
   cuda::require(driver.device_attribute(&gpu.limits.shared_bytes, cuda::kSharedBytesPerBlock, device),
                 "asking for the GPU's shared memory");
+  cuda::require(driver.device_attribute(&gpu.multiprocessors, cuda::kMultiprocessors, device),
+                "asking for the GPU's multiprocessors");
   gpu.capability = 10 * major + minor;
   gpu.limits.clusters = gpu.capability >= 90;
   return gpu;
@@ -137,7 +140,7 @@ class CudaKernel : public Kernel {
     check_extents(spec_, shape);
     check_aligned(inputs.x, "input X"), check_aligned(inputs.residual, "residual R"), check_aligned(y, "output Y");
 
-    const Launch l = launch(spec_, shape.batch, shape.sizes[0].height, shape.sizes[0].width);
+    const Launch l = launch(spec_, shape.batch, shape.sizes[0].height, shape.sizes[0].width, gpu_.multiprocessors);
     if (l.grid_x > INT_MAX || l.grid_y > 65535) fail("the call needs more thread blocks than a launch has");
     Params p = params_;
     p.x = inputs.x, p.y = y, p.residual = inputs.residual;
@@ -147,9 +150,12 @@ class CudaKernel : public Kernel {
 
     void* stream = nullptr;
     check(ort::compute_stream(context, &stream));
-    cuda::LaunchAttribute cluster{};
-    cluster.id = cuda::kClusterDimension;
-    cluster.cluster = {1, 1, unsigned(l.cluster_z)};
+    // From sm_90 on, a kernel's start overlaps the end of the one before it: it waits for that itself.
+    cuda::LaunchAttribute attributes[2] = {};
+    attributes[0].id = cuda::kProgrammaticStreamSerialization;
+    attributes[0].serialization = 1;
+    attributes[1].id = cuda::kClusterDimension;
+    attributes[1].cluster = {1, 1, unsigned(l.cluster_z)};
     const cuda::LaunchConfig config{unsigned(l.grid_x),
                                     unsigned(l.grid_y),
                                     unsigned(l.grid_z),
@@ -158,8 +164,10 @@ class CudaKernel : public Kernel {
                                     1,
                                     unsigned(l.shared_bytes),
                                     static_cast<cuda::Stream>(stream),
-                                    &cluster,
-                                    l.cluster_z > 1};
+                                    attributes,
+                                    gpu_.capability < 90 ? 0u
+                                    : l.cluster_z > 1    ? 2u
+                                                         : 1u};
     void* arguments[] = {&p};
     cuda::require(cuda::driver().launch(&config, kernel_->function(), arguments, nullptr), "launching the kernel");
   }

@@ -35,18 +35,24 @@ struct Module {
   static constexpr int kBlocks8 = L::kBlocks8;
   static constexpr int kPackedRow = padded_out(S) / 8 * kFragment;  // project's weights of a group
 
-  // Shared memory: what first reads, then two of each buffer.
+  static constexpr bool kResident = S.tile.resident;
+  // Whether the next tile's input is fetched while the last chunk of this one is computed.
+  static constexpr bool kFetchesAhead = kAhead || (!kFirst && S.depthwise) || kStreams;
+
+  // Shared memory: what first reads, two of each buffer, and the weights.
   static constexpr int kStagedAt = first_input_bytes(S);
   static constexpr int kHaloAt = kStagedAt + staged_bytes(S);
-  static constexpr int kFirstAt = kHaloAt + 2 * halo_bytes(S);
-  static constexpr int kDepthwiseAt = kFirstAt + 2 * first_chunk_bytes(S);
-  static constexpr int kProjectAt = kDepthwiseAt + 2 * depthwise_chunk_bytes(S);
-  static constexpr int kExchangeAt = kProjectAt + 2 * project_chunk_bytes(S);
+  static constexpr int kExchangeAt = kHaloAt + 2 * halo_bytes(S);
+  static constexpr int kFirstAt = kExchangeAt + 2 * exchange_bytes(S);
+  static constexpr int kDepthwiseAt = kFirstAt + weight_buffers(S) * first_chunk_bytes(S);
+  static constexpr int kProjectAt = kDepthwiseAt + weight_buffers(S) * depthwise_chunk_bytes(S);
 
   const Params& p;
   char* const shared;
-  const T place;
+  T place;
   int chunk0, chunk_step, steps;  // this block's chunks: chunk0, chunk0 + chunk_step, ...
+  T place_of_copies;              // the tile whose input is copied
+  int phase = 0;                  // steps of earlier tiles: buffers go on to alternate
 
   // `first`: where the pixels of this lane's tiles go in the halo plane, and their input fragments.
   int halo_offsets[kFirstTiles][2];
@@ -55,12 +61,13 @@ struct Module {
   static constexpr int kCopies =
       !kFirst && S.depthwise ? ceil_div(S.tile.images * halo_h(S) * halo_w(S) * 4, kThreads) : 1;
   static constexpr bool kCopiesKept = kCopies <= 12;
-  int copy_to[kCopiesKept ? kCopies : 1], copy_from[kCopiesKept ? kCopies : 1];
+  int copy_to[kCopiesKept ? kCopies : 1], copy_from[kCopiesKept ? kCopies : 1], copy_image0 = 0;
   Pixel sources[!kFirst && !S.depthwise ? P : 1][2];
 
   float sums[P][kWarpGroupsN][kBlocks8][4];
 
-  FCM_DEVICE explicit Module(const Params& params) : p(params), shared(shared_memory()), place(params) {
+  FCM_DEVICE explicit Module(const Params& params)
+      : p(params), shared(shared_memory()), place(params, block_x()), place_of_copies(place) {
     if constexpr (kProject) {
       chunk0 = S.tile.split > 1 ? block_z() : 0, chunk_step = S.tile.split;
       steps = ceil_div(chunks(S) - chunk0, chunk_step);
@@ -76,20 +83,26 @@ struct Module {
     if constexpr (packed_groups(S) == middle_groups(S)) return kChunkGroups;
     return min(kChunkGroups, middle_groups(S) - chunk * kChunkGroups);
   }
-  FCM_DEVICE char* halo_buffer(int step) const { return shared + kHaloAt + (step & 1) * halo_bytes(S); }
-  FCM_DEVICE char* first_buffer(int step) const { return shared + kFirstAt + (step & 1) * first_chunk_bytes(S); }
-  FCM_DEVICE char* depthwise_buffer(int step) const {
-    return shared + kDepthwiseAt + (step & 1) * depthwise_chunk_bytes(S);
+  FCM_DEVICE char* halo_buffer(int step) const { return shared + kHaloAt + ((phase + step) & 1) * halo_bytes(S); }
+  FCM_DEVICE char* exchange_buffer(int step) const {
+    return shared + kExchangeAt + ((phase + step) & 1) * exchange_bytes(S);
   }
-  FCM_DEVICE char* project_buffer(int step) const { return shared + kProjectAt + (step & 1) * project_chunk_bytes(S); }
-  FCM_DEVICE char* exchange_buffer(int step) const { return shared + kExchangeAt + (step & 1) * exchange_bytes(S); }
+  FCM_DEVICE static int weight_buffer(int step) { return kResident ? step : step & 1; }
+  FCM_DEVICE char* first_buffer(int step) const {
+    return shared + kFirstAt + weight_buffer(step) * first_chunk_bytes(S);
+  }
+  FCM_DEVICE char* depthwise_buffer(int step) const {
+    return shared + kDepthwiseAt + weight_buffer(step) * depthwise_chunk_bytes(S);
+  }
+  FCM_DEVICE char* project_buffer(int step) const {
+    return shared + kProjectAt + weight_buffer(step) * project_chunk_bytes(S);
+  }
   // Fragment of patch row `py`, pixel `side`, of group gi in the exchange buffer.
   FCM_DEVICE static int exchange_offset(int gi, int py, int side) {
     return (((L::warp_m() * kChunkGroups + gi) * P + py) * 2 + side) * kFragment + L::lane() * 16;
   }
 
   // ---- Copies
-  // ----------------------------------------------------------------------------------------------------------
 
   template <int BYTES>
   FCM_DEVICE static void copy(char* to, const void* from) {
@@ -140,39 +153,37 @@ struct Module {
     }
   }
   // X itself: the halo region of a chunk where the module starts with a depthwise, the fragments of a lone pointwise.
-  FCM_DEVICE void copy_input(int step) const {
-    if (step < 0 || step >= steps) return;
+  // For the tile that find_input found; the buffers are those of `step` of this tile.
+  FCM_DEVICE void copy_input(int chunk, int step) const {
+    const int g = groups(chunk);
     if constexpr (!kFirst && S.depthwise) {
-      const int c = chunk(step), g = groups(c);
       FCM_UNROLL
       for (int i = 0; i < kCopies; ++i) {
         int to, from;
         if constexpr (kCopiesKept)
           to = copy_to[i], from = copy_from[i];
         else
-          copy_place(i, to, from);
-        if (from < 0) continue;
+          copy_place(place_of_copies, i, to, from);
         for (int gi = 0; gi < g; ++gi) {
-          const int k = (c * kChunkGroups + gi) * kGroup + thread_index() % 4 * L::kLane;
+          const int k = (chunk * kChunkGroups + gi) * kGroup + thread_index() % 4 * L::kLane;
           char* slot = halo_buffer(step) + gi * halo_plane_bytes(S) + to;
           if constexpr (vector_input(S)) {
-            const char* x = (const char*)p.x + ((long long)place.image0 * p.in_h * p.in_w * S.c_in + k) * L::kElement;
-            const bool valid = k < S.c_in;
+            const char* x = (const char*)p.x + ((long long)copy_image0 * p.in_h * p.in_w * S.c_in + k) * L::kElement;
+            const bool valid = from >= 0 && k < S.c_in;
             copy_async(slot, valid ? x + (long long)from * (S.c_in * L::kElement) : p.x, valid);
           } else {
-            const int area = p.in_h * p.in_w, image = from / area, rest = from % area;
-            *(Vec*)slot = In::template load<Dense::none, L::kLane>(p, Window{}, place.image0 + image, rest / p.in_w,
-                                                                   rest % p.in_w, k, true);
+            const int area = p.in_h * p.in_w, pixel = max(from, 0), image = pixel / area, rest = pixel - image * area;
+            *(Vec*)slot = In::template load<Dense::none, L::kLane>(p, Window{}, copy_image0 + image, rest / p.in_w,
+                                                                   rest % p.in_w, k, from >= 0);
           }
         }
       }
     }
     if constexpr (kStreams) {
-      const int c = chunk(step), g = groups(c);
       FCM_UNROLL
       for (int gi = 0; gi < kChunkGroups; ++gi) {
         if (gi % S.tile.warps_n != L::warp_n() || gi >= g) continue;
-        const int k = (c * kChunkGroups + gi) * kGroup + L::column() * L::kLane;
+        const int k = (chunk * kChunkGroups + gi) * kGroup + L::column() * L::kLane;
         FCM_UNROLL
         for (int py = 0; py < P; ++py) {
           FCM_UNROLL
@@ -186,43 +197,61 @@ struct Module {
       }
     }
   }
-  // The i-th 16 bytes of each plane that this thread copies: offset in the plane; pixel from the tile's first image on.
-  FCM_DEVICE void copy_place(int i, int& to, int& from) const {
-    const Pixel q = place.halo_pixel((thread_index() + i * kThreads) / 4);
-    to = place.halo_offset(q) + thread_index() % 4 * 16;
-    from = q.valid ? ((q.n - place.image0) * p.in_h + q.y) * p.in_w + q.x : -1;
+  // The i-th 16 bytes of each plane that this thread copies: offset in the plane; pixel from the tile's first image on,
+  // negative outside of X.
+  FCM_DEVICE void copy_place(const T& at, int i, int& to, int& from) const {
+    constexpr int kRows = T::kHaloH, kColumns = S.depthwise ? halo_w(S) : 1;
+    const int pixel = (thread_index() + i * kThreads) / 4, x = pixel % kColumns, y = pixel / kColumns % kRows;
+    const int image = pixel / (kColumns * kRows), sy = at.halo_y() + y, sx = at.halo_x() + x;
+    const bool valid = image < at.images && sy >= 0 && sy < p.in_h && sx >= 0 && sx < p.in_w;
+    from = valid ? (image * p.in_h + sy) * p.in_w + sx : -1;
+    const bool in_tile = image < S.tile.images;  // the last round of threads may go past it
+    to = (in_tile ? T::halo_place(image, y, x) : halo_plane_bytes(S) - 128) + thread_index() % 4 * 16;
   }
-
-  // All that step `step` needs, and what runs ahead of it.
-  FCM_DEVICE void copy_step(int step) const {
+  // Where this thread's input of a tile lies.
+  FCM_DEVICE void find_input(const T& at) {
+    if constexpr (!kFirst && !S.depthwise) {
+      FCM_UNROLL
+      for (int py = 0; py < P; ++py) {
+        FCM_UNROLL
+        for (int side = 0; side < 2; ++side) sources[py][side] = at.output_pixel(p, L::warp_m(), py, side);
+      }
+    }
+    if constexpr (!kFirst && S.depthwise) {
+      copy_image0 = at.image0, place_of_copies = at;
+      if constexpr (kCopiesKept) {
+        FCM_UNROLL
+        for (int i = 0; i < kCopies; ++i) copy_place(at, i, copy_to[i], copy_from[i]);
+      }
+    }
+  }
+  // The weights that step `step` needs, and those of what runs ahead of it.
+  FCM_DEVICE void copy_weights(int step) const {
     copy_first(step + kAhead);
     copy_depthwise(step);
     copy_project(step - kLag);
-    copy_input(step);
-    copy_async_commit();
   }
 
   // ---- Stages
-  // ----------------------------------------------------------------------------------------------------------
 
-  FCM_DEVICE void load_first_input() {
-    [[maybe_unused]] const typename In::Staged staged(shared + kStagedAt, place.halo_x());
+  FCM_DEVICE void load_first_input(const T& at) {
+    [[maybe_unused]] const typename In::Staged staged(shared + kStagedAt, at.halo_x());
     FCM_UNROLL
     for (int i = 0; i < kFirstTiles; ++i) {
       FCM_UNROLL
       for (int side = 0; side < 2; ++side) {
         Pixel q;
         if constexpr (S.depthwise) {
-          q = place.halo_pixel((L::warp() + i * warps(S)) * 16 + side * 8 + L::row());
-          halo_offsets[i][side] = place.halo_offset(q) + L::column() * 16;
+          q = at.halo_pixel((L::warp() + i * warps(S)) * 16 + side * 8 + L::row());
+          halo_offsets[i][side] = at.halo_offset(q) + L::column() * 16;
         } else {
-          q = place.output_pixel(p, L::warp_m(), i, side);
+          q = at.output_pixel(p, L::warp_m(), i, side);
         }
         FCM_UNROLL
         for (int kg = 0; kg < kFirstGroups; ++kg) {
           Vec v;
           if constexpr (stages_input(S))
-            v = staged.load(q.n - place.image0, q.y - place.halo_y(), q.x - place.halo_x(), kg);
+            v = staged.load(q.n - at.image0, q.y - at.halo_y(), q.x - at.halo_x(), kg);
           else
             v = In::template load_group<S.first, kFirstDepth>(p, S.first_window, q.n, q.y, q.x, kg, q.valid);
           if constexpr (kFirstRegisters)
@@ -406,7 +435,6 @@ struct Module {
   }
 
   // ---- The end
-  // ---------------------------------------------------------------------------------------------------------
 
   FCM_DEVICE void store_sums(int warp_m, int warp_n, int py, int ng, const float (&c)[kBlocks8][4]) const {
     const int in_block = ((S.tile.warps_n > 1 ? warp_n * kWarpGroupsN : 0) + ng) * kGroup;
@@ -458,36 +486,25 @@ struct Module {
   }
   FCM_DEVICE static int reduction_offset(int unit, int j) { return (unit * kBlocks8 + j) * kFragment + L::lane() * 16; }
 
-  FCM_DEVICE void run() {
-    if constexpr (!kFirst && !S.depthwise) {
-      FCM_UNROLL
-      for (int py = 0; py < P; ++py) {
-        FCM_UNROLL
-        for (int side = 0; side < 2; ++side) sources[py][side] = place.output_pixel(p, L::warp_m(), py, side);
-      }
-    }
-    if constexpr (!kFirst && S.depthwise && kCopiesKept) {
-      FCM_UNROLL
-      for (int i = 0; i < kCopies; ++i) copy_place(i, copy_to[i], copy_from[i]);
-    }
-    if constexpr (kAhead > 0) {
-      copy_first(0);
-      copy_async_commit();
-    }
-    if constexpr (S.depthwise) {  // what lies outside the middle map is zero, and nothing writes it again
-      if (place.crosses_border())
-        for (int i = thread_index() * 16; i < 2 * halo_bytes(S); i += kThreads * 16)
-          *(Vec*)(shared + kHaloAt + i) = Vec{};
-      if constexpr (!kFirst) block_sync();
-    }
-    copy_step(0);
+  // Fetches the input of a tile whose first step takes the buffers of `step` of this one.
+  FCM_DEVICE void fetch_input(const T& at, int step) {
     if constexpr (stages_input(S)) {
-      In::Staged::copy(p, shared + kStagedAt, place.image0, place.images, place.halo_y(), place.halo_x());
-      copy_async_commit();
-      copy_async_wait<0>();
-      block_sync();
+      In::Staged::copy(p, shared + kStagedAt, at.image0, at.images, at.halo_y(), at.halo_x());
+    } else if constexpr (kFirst) {
+      load_first_input(at);
+    } else {
+      find_input(at);
+      copy_input(chunk0, step);
     }
-    if constexpr (kFirst) load_first_input();
+  }
+
+  // What lies outside the middle map is zero, and `first` never writes it.
+  FCM_DEVICE void clear_halo() {
+    for (int i = thread_index() * 16; i < 2 * halo_bytes(S); i += kThreads * 16) *(Vec*)(shared + kHaloAt + i) = Vec{};
+  }
+
+  // The chunks of a tile. `next`: the tile after it, if there is `more`.
+  FCM_DEVICE void walk(const T& next, bool more) {
     if constexpr (kProject) {
       FCM_UNROLL
       for (int py = 0; py < P; ++py) FCM_UNROLL
@@ -495,15 +512,17 @@ struct Module {
       for (int j = 0; j < kBlocks8; ++j) FCM_UNROLL
       for (int i = 0; i < 4; ++i) sums[py][ng][j][i] = 0;
     }
-    if constexpr (kAhead > 0) {
-      copy_async_wait<1>();
-      block_sync();
-      first_to_halo(0);
-    }
+    if constexpr (kAhead > 0) first_to_halo(0);
     for (int step = 0; step < steps + kLag; ++step) {
       copy_async_wait<0>();
       block_sync();
-      copy_step(step + 1);
+      if constexpr (!kResident) copy_weights(step + 1);
+      if (step + 1 < steps) {
+        if constexpr (!kFirst) copy_input(chunk(step + 1), step + 1);
+      } else if (kFetchesAhead && step + 1 == steps && more) {
+        fetch_input(next, steps);
+      }
+      copy_async_commit();
       if (kAhead > 0 && step + 1 < steps) first_to_halo(step + 1);
       if constexpr (!kStreams)
         if (step < steps) produce(step);
@@ -514,6 +533,51 @@ struct Module {
       reduce_and_store();
     else if constexpr (kProject)
       store_all();
+  }
+
+  FCM_DEVICE void run() {
+    // Weights do not depend on the kernels before this one; inputs do.
+    let_next_kernel_start();
+    if constexpr (kResident) {
+      for (int i = 0; i < steps; ++i) copy_first(i), copy_depthwise(i), copy_project(i);
+    } else {
+      if constexpr (kAhead > 0) copy_first(0);
+      copy_weights(0);
+    }
+    if (kAhead > 0 && place.crosses_border()) clear_halo();
+    wait_for_earlier_kernels();
+    fetch_input(place, 0);
+    copy_async_commit();
+    if constexpr (kAhead > 0) {
+      copy_async_wait<0>();
+      block_sync();
+    }
+    if constexpr (stages_input(S)) load_first_input(place);
+    const int tiles = kResident ? T::count(p) : 0;
+    for (int tile = block_x();;) {
+      tile += grid_x();
+      const bool more = kResident && tile < tiles;
+      const T next(p, more ? tile : 0);
+      walk(next, more);
+      if (!more) break;
+      phase += steps;
+      if constexpr (kAhead > 0) {
+        const bool clear = next.crosses_border() && !next.same_clip(place);
+        if (stages_input(S) || clear) {
+          copy_async_wait<0>();
+          block_sync();
+        }
+        if (clear) {
+          clear_halo();
+          block_sync();
+        }
+      }
+      if constexpr (stages_input(S))
+        load_first_input(next);
+      else if constexpr (!kFetchesAhead)
+        fetch_input(next, 0);
+      place = next;
+    }
   }
 };
 

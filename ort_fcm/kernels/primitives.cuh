@@ -26,7 +26,21 @@ FCM_DEVICE int thread_index() { return threadIdx.x; }
 FCM_DEVICE int block_x() { return blockIdx.x; }
 FCM_DEVICE int block_y() { return blockIdx.y; }
 FCM_DEVICE int block_z() { return blockIdx.z; }
+FCM_DEVICE int grid_x() { return gridDim.x; }
 FCM_DEVICE void block_sync() { __syncthreads(); }
+
+// Where the launch allows it (sm_90 and later), a kernel starts while the one before it in the stream still runs.
+FCM_DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Until this returns, nothing that earlier kernels write may be read, and nothing that they read written.
+FCM_DEVICE void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 FCM_DEVICE char* shared_memory() {
   extern __shared__ __align__(128) char fcm_shared[];
@@ -37,7 +51,6 @@ FCM_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
 FCM_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 
 // ---- Asynchronous copies to shared memory (plain ones before sm_80)
-// ---------------------------------------------------
 
 // 16 bytes; zeros if not `valid`.
 FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
@@ -72,7 +85,6 @@ FCM_DEVICE void copy_async_wait() {
 }
 
 // ---- Clusters (sm_90 and later): their blocks lie along z
-// --------------------------------------------------------------
 
 FCM_DEVICE void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
@@ -96,7 +108,6 @@ FCM_DEVICE Vec cluster_load(const void* shared, int rank) {
 }
 
 // ---- Half precision: two packed in 32 bits, the first in the low half
-// ---------------------------------------------------
 
 FCM_DEVICE u32 half2_pack(float low, float high) {
   u32 d;
@@ -163,7 +174,6 @@ FCM_DEVICE u32 half2_min(u32 a, u32 b) {
 }
 
 // ---- Tensor-core products: d[16 x 8] = a * b + c, operands as the hardware lays them over the lanes of a warp
-// -------------
 
 // a is 16 x 16, b 16 x 8, both half.
 FCM_DEVICE void mma_half(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -216,7 +226,6 @@ FCM_DEVICE u32 round_tf32(float x) {
 }
 
 // ---- Mathematics
-// ------------------------------------------------------------------------------------------------------
 
 FCM_DEVICE float fast_exp(float x) { return __expf(x); }
 FCM_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }

@@ -83,6 +83,7 @@ struct Machine {
   Gate cluster;
   std::function<void()> kernel;
   long progress = 0;
+  int grid_x = 0;
   void* fake_stack = nullptr;
   const void* scheduler_stack = nullptr;
   std::size_t scheduler_size = 0;
@@ -124,6 +125,7 @@ inline void enter() {
 // Runs `kernel` on a grid; shared memory is exactly as large as the launch says.
 inline void run_grid(const Launch& l, unsigned seed, std::function<void()> kernel) {
   machine.kernel = std::move(kernel);
+  machine.grid_x = (int)l.grid_x;
   std::mt19937 random(seed);
   const int fibers = l.threads * l.cluster_z;
   std::unique_ptr<char[]> stacks(new char[kStack * fibers]);
@@ -197,6 +199,9 @@ FCM_DEVICE int thread_index() { return cpu::self().thread; }
 FCM_DEVICE int block_x() { return cpu::self().block->x; }
 FCM_DEVICE int block_y() { return cpu::self().block->y; }
 FCM_DEVICE int block_z() { return cpu::self().block->z; }
+FCM_DEVICE int grid_x() { return cpu::machine.grid_x; }
+FCM_DEVICE void let_next_kernel_start() {}
+FCM_DEVICE void wait_for_earlier_kernels() {}
 FCM_DEVICE void block_sync() { cpu::pass(cpu::self().block->gate); }
 FCM_DEVICE char* shared_memory() { return cpu::self().block->shared; }
 

@@ -52,6 +52,7 @@ struct Tile {
   int block_n = 0;             // output channels a thread block computes; 0: all
   int split = 1;               // thread blocks of a cluster that share the middle channels (sm_90 and later)
   int blocks = 1;              // thread blocks an SM should hold: bounds the registers of a thread
+  int resident = 0;            // 1: all weights stay in shared memory, and a thread block works through many tiles
 };
 
 struct Spec {
@@ -103,15 +104,13 @@ constexpr long long window_out(long long n, int kernel, int stride, int dilation
 }
 
 // ---- Threads
-// ---------------------------------------------------------------------------------------------------------
 
 constexpr int warps(const Spec& s) { return s.tile.warps_m * s.tile.warps_n; }
 constexpr int threads(const Spec& s) { return 32 * warps(s); }
 
 // ---- Channels
-// -------------------------------------------------------------------------------------------------------- Tensor-core
-// products take a group of channels in two steps. The channels of `first`'s input and of the output may end in half a
-// group, of which each lane owns half of lane_channels(); the middle channels are whole groups.
+// Tensor-core products take a group of channels in two steps. The channels of `first`'s input and of the output may end
+// in half a group, of which each lane owns half of lane_channels(); the middle channels are whole groups.
 
 constexpr int half_group(const Spec& s) { return group(s.type) / 2; }
 constexpr int dense_depth(Dense kind, const Window& w, int channels) {
@@ -141,9 +140,8 @@ constexpr int blocks_n(const Spec& s) { return ceil_div(padded_out(s), block_n(s
 constexpr int warp_groups_n(const Spec& s) { return ceil_div(ceil_div(block_n(s), group(s.type)), s.tile.warps_n); }
 
 // ---- Pixels
-// ---------------------------------------------------------------------------------------------------------- With a
-// depthwise, a thread block has images x tile_h x tile_w output pixels, and the middle tensor of its halo region in
-// shared memory. Without one, it has 16 * patch_h * warps_m consecutive pixels of the flattened N x OH x OW.
+// With a depthwise, a thread block has images x tile_h x tile_w output pixels, and the middle tensor of its halo region
+// in shared memory. Without one, it has 16 * patch_h * warps_m consecutive pixels of the flattened N x OH x OW.
 
 constexpr int patches_x(const Spec& s) { return s.tile.tile_w / 2; }
 constexpr int patches(const Spec& s) { return s.tile.tile_h / s.tile.patch_h * patches_x(s); }
@@ -175,7 +173,6 @@ constexpr bool streams_input(const Spec& s) {
 constexpr bool exchanges(const Spec& s) { return has_project(s) && (streams_input(s) || s.tile.warps_n > 1); }
 
 // ---- Shared memory, in bytes
-// ------------------------------------------------------------------------------------------
 
 constexpr int kFragment = 512;  // 32 lanes x 16 bytes: one operand row block of a group
 
@@ -224,16 +221,19 @@ constexpr int exchange_bytes(const Spec& s) {
 constexpr int reduction_bytes(const Spec& s) {
   return s.tile.split > 1 ? warps(s) * s.tile.patch_h * warp_groups_n(s) * (group(s.type) / 8) * kFragment : 0;
 }
+// Chunks that a thread block walks over, at most.
+constexpr int block_chunks(const Spec& s) {
+  return has_project(s) ? ceil_div(chunks(s), s.tile.split) : ceil_div(block_n(s), s.tile.chunk);
+}
+constexpr int weight_buffers(const Spec& s) { return s.tile.resident ? block_chunks(s) : 2; }
 // Everything that is written while something else is read has two buffers. The reduction comes after all of it.
 constexpr int shared_bytes(const Spec& s) {
-  return max(first_input_bytes(s) + staged_bytes(s) +
-                 2 * (halo_bytes(s) + first_chunk_bytes(s) + depthwise_chunk_bytes(s) + project_chunk_bytes(s) +
-                      exchange_bytes(s)),
+  return max(first_input_bytes(s) + staged_bytes(s) + 2 * (halo_bytes(s) + exchange_bytes(s)) +
+                 weight_buffers(s) * (first_chunk_bytes(s) + depthwise_chunk_bytes(s) + project_chunk_bytes(s)),
              reduction_bytes(s));
 }
 
 // ---- Launch
-// ----------------------------------------------------------------------------------------------------------
 
 struct Launch {
   long long grid_x;  // tiles, then images
@@ -241,8 +241,9 @@ struct Launch {
   int mid_h, mid_w, out_h, out_w, tiles_x, tiles_y;
 };
 
-// The launch for X of `batch` images of h x w pixels. A side that the windows leave nothing of is 0.
-constexpr Launch launch(const Spec& s, long long batch, long long h, long long w) {
+// The launch for X of `batch` images of h x w pixels on a GPU of `sms` multiprocessors, which only resident blocks care
+// for. A side that the windows leave nothing of is 0.
+constexpr Launch launch(const Spec& s, long long batch, long long h, long long w, int sms = 0) {
   Launch l{};
   const Window& f = s.first != Dense::none ? s.first_window : s.project_window;
   const bool dense_first = s.first != Dense::none;
@@ -264,6 +265,10 @@ constexpr Launch launch(const Spec& s, long long batch, long long h, long long w
   } else {
     l.tiles_x = l.tiles_y = 1;
     l.grid_x = (batch * out_h * out_w + flat_pixels(s) - 1) / flat_pixels(s);
+  }
+  if (s.tile.resident && sms > 0) {
+    const long long blocks = max(1, sms * s.tile.blocks / blocks_n(s));
+    l.grid_x = l.grid_x < blocks ? l.grid_x : blocks;
   }
   l.grid_y = blocks_n(s), l.grid_z = l.cluster_z = s.tile.split;
   l.threads = threads(s), l.shared_bytes = shared_bytes(s);
@@ -295,6 +300,8 @@ constexpr const char* illegal(const Spec& s) {
   if (t.split != 1 && t.split != 2 && t.split != 4 && t.split != 8) return "split must be 1, 2, 4 or 8";
   if (t.split > 1 && !has_project(s)) return "split needs a project";
   if (t.split > chunks(s)) return "split must not exceed the chunks";
+  if (t.resident != 0 && t.resident != 1) return "resident must be 0 or 1";
+  if (t.resident && t.split > 1) return "resident excludes split";
   if (t.blocks < 1 || t.blocks * threads(s) > 2048) return "blocks times threads must fit an SM";
   if (has_project(s) && t.patch_h * warp_groups_n(s) * group(s.type) / 2 > 168)
     return "accumulators do not fit the registers";

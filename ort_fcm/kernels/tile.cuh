@@ -23,20 +23,42 @@ struct TilePlace {
   int top, left, rows, columns;  // the part of the halo region that lies on the middle map, and its place in it
   int images;                    // images present
   float per_column, per_area;    // 1 / columns, 1 / (rows * columns)
+  long long pixel0;              // without a depthwise: the first of the flattened pixels
 
-  FCM_DEVICE explicit TilePlace(const Params& p) {
+  FCM_DEVICE static int count(const Params& p) {
+    if constexpr (S.depthwise) return p.tiles_x * p.tiles_y * ceil_div(p.batch, S.tile.images);
+    return (int)(((long long)p.batch * p.out_h * p.out_w + flat_pixels(S) - 1) / flat_pixels(S));
+  }
+
+  FCM_DEVICE TilePlace(const Params& p, int tile)
+      : image0(0),
+        y0(0),
+        x0(0),
+        top(0),
+        left(0),
+        rows(0),
+        columns(0),
+        images(0),
+        per_column(0),
+        per_area(0),
+        pixel0(0) {
     if constexpr (S.depthwise) {
-      const int tiles = p.tiles_x * p.tiles_y, tile = block_x() % tiles;
-      image0 = block_x() / tiles * S.tile.images;
-      y0 = tile / p.tiles_x * S.tile.tile_h, x0 = tile % p.tiles_x * S.tile.tile_w;
+      const int tiles = p.tiles_x * p.tiles_y, in_image = tile % tiles;
+      image0 = tile / tiles * S.tile.images;
+      y0 = in_image / p.tiles_x * S.tile.tile_h, x0 = in_image % p.tiles_x * S.tile.tile_w;
       images = min(S.tile.images, p.batch - image0);
-      const int ys = y0 * W.stride_h - W.pad_top, xs = x0 * W.stride_w - W.pad_left;
-      top = max(0, -ys), left = max(0, -xs);
-      rows = max(0, min(halo_h(S), p.mid_h - ys) - top), columns = max(0, min(halo_w(S), p.mid_w - xs) - left);
+      top = max(0, -halo_y()), left = max(0, -halo_x());
+      rows = max(0, min(halo_h(S), p.mid_h - halo_y()) - top);
+      columns = max(0, min(halo_w(S), p.mid_w - halo_x()) - left);
       per_column = 1.f / max(1, columns), per_area = 1.f / max(1, rows * columns);
     } else {
-      image0 = y0 = x0 = top = left = rows = columns = images = 0, per_column = per_area = 0;
+      pixel0 = (long long)tile * flat_pixels(S);
     }
+  }
+
+  // Whether the valid part of the halo region is the same, so that what lies outside is zero already.
+  FCM_DEVICE bool same_clip(const TilePlace& o) const {
+    return top == o.top && left == o.left && rows == o.rows && columns == o.columns && images == o.images;
   }
 
   // The corner of the halo region on the middle map.
@@ -58,8 +80,10 @@ struct TilePlace {
   // Its byte offset in a halo plane; the last slot swallows what is not valid.
   FCM_DEVICE int halo_offset(const Pixel& q) const {
     if (!q.valid) return halo_plane_bytes(S) - 128;
-    const int y = q.y - halo_y(), x = q.x - halo_x();
-    return ((q.n - image0) * kHaloH + y) * kPitch * 64 + x / 2 * 128 + halo_side(x) * 64;
+    return halo_place(q.n - image0, q.y - halo_y(), q.x - halo_x());
+  }
+  FCM_DEVICE static int halo_place(int image, int y, int x) {
+    return (image * kHaloH + y) * kPitch * 64 + x / 2 * 128 + halo_side(x) * 64;
   }
 
   // Two neighbouring pixels share 128 bytes; which comes first alternates such that the patches of neighbouring lanes,
@@ -86,7 +110,7 @@ struct TilePlace {
       const int y = y0 + q.y + py, x = x0 + q.x + side;
       return {image0 + q.image, y, x, q.valid && q.image < images && y < p.out_h && x < p.out_w};
     } else {
-      const long long i = (long long)block_x() * flat_pixels(S) + (m * S.tile.patch_h + py) * 16 + side * 8 + L::row();
+      const long long i = pixel0 + (m * S.tile.patch_h + py) * 16 + side * 8 + L::row();
       const long long area = (long long)p.out_h * p.out_w;
       const bool valid = i < area * p.batch;
       const int image = valid ? (int)(i / area) : 0, rest = valid ? (int)(i - image * area) : 0;
