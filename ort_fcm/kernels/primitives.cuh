@@ -204,6 +204,7 @@ FCM_DEVICE void mma_tf32(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32
   const int lane = threadIdx.x % 32, column = lane % 4 * 8;
   FCM_UNROLL
   for (int i = 0; i < 4; ++i) d[i] = c[i];
+#pragma unroll 1  // slow as it is; unrolled it would take minutes to compile
   for (int k = 0; k < 8; ++k) {
     const int row_lane = (lane & ~3) | (k & 3);
     const float x0 = bits_float(__shfl_sync(~0u, k < 4 ? a0 : a2, row_lane));
