@@ -269,8 +269,9 @@ def cases_of(model: onnx.ModelProto, dtype: str | None = None) -> dict[str, Case
         cases[node.name] = Case(
             tuple(stages),
             "float16" if half else dtype or "tf32",
-            shape[0],
-            *(shape[2:] if input_nchw else shape[1:3]),
+            batch=shape[0],
+            h=shape[2 if input_nchw else 1],
+            w=shape[3 if input_nchw else 2],
             residual=len(node.input) > 7 and bool(node.input[7]),
             output_activation=a.get("output_activation", "none"),
             output_params=tuple(a.get("output_activation_params", (0.0, 0.0))),

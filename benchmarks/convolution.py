@@ -65,17 +65,17 @@ def activate(x: Array, kind: str, alpha: float = 0.0, beta: float = 0.0, slope: 
     if kind == "clip":
         return np.minimum(np.maximum(x, alpha), beta)
     if kind == "hardswish":
-        return x * np.clip(x / 6 + 0.5, 0, 1)
+        return np.asarray(x * np.clip(x / 6 + 0.5, 0, 1))
     if kind == "silu":
-        return x / (1 + np.exp(-x))
+        return np.asarray(x / (1 + np.exp(-x)))
     if kind == "hardsigmoid":
-        return np.clip(alpha * x + beta, 0, 1)
+        return np.asarray(np.clip(alpha * x + beta, 0, 1))
     if kind == "sigmoid":
         return np.asarray(1 / (1 + np.exp(-x)))
     if kind == "gelu":
-        return x / 2 * (1 + erf(x / np.sqrt(2)))
+        return np.asarray(x / 2 * (1 + erf(x / np.sqrt(2))))
     if kind == "gelu_tanh":
-        return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+        return np.asarray(x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))))
     if kind == "leakyrelu":
         return np.where(x < 0, alpha * x, x)
     if kind == "prelu":

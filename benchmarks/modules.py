@@ -41,7 +41,7 @@ import ort_fcm
 from benchmarks.case import DEVIATIONS, Case, Data, cases_of, data_of, describe, layout, reference
 from benchmarks.convolution import Array
 from benchmarks.cubin import resources
-from benchmarks.driver import L2_BYTES, Cuda, CudaError
+from benchmarks.driver import L2_BYTES, MULTIPROCESSORS, Cuda, CudaError
 from ort_fcm import bench, library
 from ort_fcm.rewrite.load import load
 
@@ -53,8 +53,8 @@ HOST = """#include "pack.h"
 {namespaces}
 static const fcm::Spec specs[] = {{ {specs} }};
 extern "C" {{
-void launch_of(int k, long long batch, long long h, long long w, long long* out) {{
-  const fcm::Launch l = fcm::launch(specs[k], batch, h, w);
+void launch_of(int k, long long batch, long long h, long long w, int sms, long long* out) {{
+  const fcm::Launch l = fcm::launch(specs[k], batch, h, w, sms);
   const long long values[] = {{l.grid_x, l.grid_y, l.grid_z, l.threads, l.shared_bytes, l.mid_h, l.mid_w, l.out_h,
                                l.out_w, l.tiles_x, l.tiles_y, (long long)sizeof(fcm::Params)}};
   for (int i = 0; i < 12; ++i) out[i] = values[i];
@@ -130,10 +130,11 @@ class Host:
             self.library = ctypes.CDLL(str(target))
         self.library.packed_bytes.restype = ctypes.c_longlong
 
-    def launch(self, k: int, case: Case) -> dict[str, int]:
+    def launch(self, k: int, case: Case, sms: int) -> dict[str, int]:
+        """The launch of module `k` on a GPU of `sms` multiprocessors, by the names of fcm::Launch."""
         out = (ctypes.c_longlong * 12)()
         sizes = [ctypes.c_longlong(v) for v in (case.batch, case.h, case.w)]
-        self.library.launch_of(k, *sizes, out)
+        self.library.launch_of(k, *sizes, ctypes.c_int(sms), out)
         names = "grid_x grid_y grid_z threads shared_bytes mid_h mid_w out_h out_w tiles_x tiles_y params_bytes".split()
         launch = dict(zip(names, map(int, out), strict=True))
         if launch["params_bytes"] != ctypes.sizeof(Params):
@@ -360,14 +361,14 @@ def measure(args: argparse.Namespace) -> list[Trial]:
             floor_us=current[1].bytes / COPY_BYTES_PER_US,
         )
         try:
-            found = current[1].run(image, host.launch(k, case))
+            found = current[1].run(image, host.launch(k, case, cuda.attribute(MULTIPROCESSORS)))
         except CudaError as error:
             results.append(replace(trial, fault=str(error)))
             if "cuLaunchKernel" not in str(error) and "cuFuncSetAttribute" not in str(error):
                 break  # the context is lost
             continue
-        wrong = found["deviations"] > DEVIATIONS
-        results.append(replace(trial, **found, fault="WRONG NUMBERS" if wrong else None))
+        trial = replace(trial, us=found["us"], error=found["error"], deviations=found["deviations"])
+        results.append(replace(trial, fault="WRONG NUMBERS" if found["deviations"] > DEVIATIONS else None))
     return results
 
 
@@ -380,6 +381,7 @@ def short(tile: str) -> str:
     return (
         f"{images}{t.get('tile_h')}x{t.get('tile_w')} p{t.get('patch_h')} c{t.get('chunk')} "
         f"w{t.get('warps_m')}x{t.get('warps_n')} n{t.get('block_n')} s{t.get('split')} b{t.get('blocks')}"
+        + (" resident" if t.get("resident") == "1" else "")
     )
 
 

@@ -16,7 +16,7 @@ from benchmarks.convolution import Array, conv2d
 _FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16)
 
 
-class Conv(OpRun):  # type: ignore[misc]
+class Conv(OpRun):
     """2-D convolution with explicit pads."""
 
     op_domain = ""
@@ -32,7 +32,7 @@ class Conv(OpRun):  # type: ignore[misc]
         return (y if b is None else y + b[:, None, None],)
 
 
-class GlobalAveragePool(OpRun):  # type: ignore[misc]
+class GlobalAveragePool(OpRun):
     op_domain = ""
 
     def _run(self, x: Array) -> tuple[Array]:

@@ -4,7 +4,8 @@
     compute-sanitizer --tool racecheck --error-exitcode 9 python -m benchmarks.sanitize
 
 or `benchmarks/sanitize.sh` for both. No ONNX Runtime: its own kernels would be watched too. Each module runs with the
-library's own tile and with the planner's best three, at two sizes, and its numbers are checked.
+library's own tile, the planner's best three, and the best with each of the features that share memory; its numbers are
+checked.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import replace
 from ort_fcm.planner import gpu as gpu_by_name
 
 from benchmarks.case import DEVIATIONS, Case, describe
-from benchmarks.driver import Cuda
+from benchmarks.driver import MULTIPROCESSORS, Cuda
 from benchmarks.modules import Bench, Host, compile_all, planned
 from ort_fcm import library
 from tests.gpu.cases import CHAINS, random_case
@@ -29,9 +30,11 @@ def trials(seed: int, gpu: str, numbers: int) -> list[Case]:
         for dtype in ("float16", "tf32", "float32"):
             for number in range(numbers):
                 case = random_case(chain, dtype, number, seed)
-                tiles = ["", *planned(case, gpu, 3)]
-                wide = [t for t in planned(case, gpu) if "split=1" not in t or "warps_n=1" not in t][:2]
-                found += [replace(case, tile=tile) for tile in dict.fromkeys([*tiles, *wide])]
+                ranked = list(planned(case, gpu))
+                tiles = ["", *ranked[:3]]
+                for feature in ("split=2", "split=8", "warps_n=2", "images=2", "resident=1"):
+                    tiles += [tile for tile in ranked if feature in tile][:1]
+                found += [replace(case, tile=tile) for tile in dict.fromkeys(tiles)]
     return found
 
 
@@ -60,7 +63,9 @@ def main() -> int:
             wrong += 1
             continue
         module = Bench(cuda, case, host, k, cold=False)
-        found = module.run(cubin.read_bytes(), host.launch(k, case), launches=1, replays=1)
+        found = module.run(
+            cubin.read_bytes(), host.launch(k, case, cuda.attribute(MULTIPROCESSORS)), launches=1, replays=1
+        )
         module.close()
         if found["deviations"] > DEVIATIONS:
             print(f"wrong numbers ({found['deviations']:.1f} deviations): {case.to_line()}")
