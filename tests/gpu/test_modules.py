@@ -10,8 +10,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.case import Session, complaint, data_of
+from benchmarks.case import Session, complaint, data_of, describe
 from benchmarks.convolution import ACTIVATIONS
+from benchmarks.modules import planned
+from ort_fcm import library
+from ort_fcm.device import present_device
 from tests.gpu.cases import CHAINS, random_case
 
 
@@ -68,3 +71,26 @@ def test_graph_capture(chain: str, dtype: str, seed: int) -> None:
         fresh = replace(fresh, weights=data.weights, biases=data.biases, slopes=data.slopes)
         wrong = complaint(case, fresh, session.run(case, fresh), "cuda")
         assert wrong is None, f"run {step}: {wrong}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("dtype", ["float16", "tf32", "float32"])
+def test_tiles(chain: str, dtype: str, seed: int) -> None:
+    """The planner's tiles for this GPU, and those whose blocks or warps share work."""
+    pytest.importorskip("cupy")
+    device = present_device()
+    assert device is not None
+    case = random_case(chain, dtype, 103, seed)
+    data = data_of(case)
+    ranked = list(planned(case, device.name))
+    assert ranked, f"the planner has no tile: {case.to_line()}"
+    tiles = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
+    for feature in ("split=2", "split=8", "warps_n=2", "images=2", "patch_h=2", "resident=1"):
+        tiles += [tile for tile in ranked if feature in tile][:1]
+    for tile in dict.fromkeys(tiles):
+        tiled = replace(case, tile=tile)
+        used = library.kernel_resources(describe(tiled), device.shared_bytes_per_block)
+        assert not used["replaced"], f"{used['replaced']}: {tiled.to_line()}"
+        wrong = complaint(tiled, data, Session(tiled, data, "cuda").run(tiled, data), "cuda")
+        assert wrong is None, wrong
