@@ -30,10 +30,10 @@ demo: $(LIBRARY)
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy ort_fcm planner examples
-	$(BIN)/clang-format --dry-run --Werror $(CPP) $(KERNELS)
+	$(BIN)/clang-format --dry-run --Werror $(CPP) $(KERNELS) $(wildcard tests/*/*.h)
 
 test: lint $(LIBRARY)
-	$(BIN)/python -m pytest -q -m 'not gpu' tests
+	$(BIN)/python -m pytest -q -n 2 -m 'not gpu' tests
 
 clean:
 	rm -rf build dist $(LIBRARY)

@@ -29,18 +29,30 @@ inline std::vector<double> draw(const Spec& s, std::size_t n, double scale, std:
 inline double act(Act a, double x, double slope) {
   const auto clamp = [](double v, double lo, double hi) { return std::min(std::max(v, lo), hi); };
   switch (a.kind) {
-    case Activation::none: return x;
-    case Activation::relu: return std::max(x, 0.0);
-    case Activation::clip: return clamp(x, a.alpha, a.beta);
-    case Activation::hardswish: return x * clamp(x / 6 + 0.5, 0, 1);
-    case Activation::silu: return x / (1 + std::exp(-x));
-    case Activation::hardsigmoid: return clamp(a.alpha * x + a.beta, 0, 1);
-    case Activation::sigmoid: return 1 / (1 + std::exp(-x));
-    case Activation::gelu: return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
-    case Activation::gelu_tanh: return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
-    case Activation::leakyrelu: return x < 0 ? a.alpha * x : x;
-    case Activation::prelu: return x < 0 ? slope * x : x;
-    case Activation::tanh: return std::tanh(x);
+    case Activation::none:
+      return x;
+    case Activation::relu:
+      return std::max(x, 0.0);
+    case Activation::clip:
+      return clamp(x, a.alpha, a.beta);
+    case Activation::hardswish:
+      return x * clamp(x / 6 + 0.5, 0, 1);
+    case Activation::silu:
+      return x / (1 + std::exp(-x));
+    case Activation::hardsigmoid:
+      return clamp(a.alpha * x + a.beta, 0, 1);
+    case Activation::sigmoid:
+      return 1 / (1 + std::exp(-x));
+    case Activation::gelu:
+      return 0.5 * x * (1 + std::erf(x / std::sqrt(2.0)));
+    case Activation::gelu_tanh:
+      return 0.5 * x * (1 + std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)));
+    case Activation::leakyrelu:
+      return x < 0 ? a.alpha * x : x;
+    case Activation::prelu:
+      return x < 0 ? slope * x : x;
+    case Activation::tanh:
+      return std::tanh(x);
   }
   std::abort();
 }
@@ -53,8 +65,11 @@ struct Map {  // NCHW
 
 inline Map convolve(Map& in, int outputs, bool depthwise, const Window& w, const std::vector<double>& weight,
                     const std::vector<double>& bias, Act a, const std::vector<double>& slope) {
-  Map out{in.n, outputs, (int)window_out(in.h, w.kernel_h, w.stride_h, w.dilation_h, w.pad_top, w.pad_bottom),
-          (int)window_out(in.w, w.kernel_w, w.stride_w, w.dilation_w, w.pad_left, w.pad_right), {}};
+  Map out{in.n,
+          outputs,
+          (int)window_out(in.h, w.kernel_h, w.stride_h, w.dilation_h, w.pad_top, w.pad_bottom),
+          (int)window_out(in.w, w.kernel_w, w.stride_w, w.dilation_w, w.pad_left, w.pad_right),
+          {}};
   out.v.resize((std::size_t)out.n * out.c * out.h * out.w);
   const int depth = depthwise ? 1 : in.c;
   for (int n = 0; n < out.n; ++n)
@@ -170,10 +185,26 @@ double run(int batch, int height, int width, unsigned seed) {
   Tensor yt(s, poison, s.output_nchw);
   const Launch l = launch(s, batch, height, width, 2);  // few multiprocessors, so that resident blocks have many tiles
   if (l.out_h != y.h || l.out_w != y.w) return std::nan("");
-  const Params p{xt.bytes.data(), yt.bytes.data(), rt.bytes.data(), first.packed.data(), first.packed_bias.data(),
-                 depthwise.packed.data(), depthwise.packed_bias.data(), project.packed.data(),
-                 project.packed_bias.data(), first.packed_slope.data(), depthwise.packed_slope.data(),
-                 project.packed_slope.data(), batch, height, width, l.mid_h, l.mid_w, l.out_h, l.out_w, l.tiles_x,
+  const Params p{xt.bytes.data(),
+                 yt.bytes.data(),
+                 rt.bytes.data(),
+                 first.packed.data(),
+                 first.packed_bias.data(),
+                 depthwise.packed.data(),
+                 depthwise.packed_bias.data(),
+                 project.packed.data(),
+                 project.packed_bias.data(),
+                 first.packed_slope.data(),
+                 depthwise.packed_slope.data(),
+                 project.packed_slope.data(),
+                 batch,
+                 height,
+                 width,
+                 l.mid_h,
+                 l.mid_w,
+                 l.out_h,
+                 l.out_w,
+                 l.tiles_x,
                  l.tiles_y};
   cpu::run_grid(l, seed, [&] { run_module<C>(p); });
   double error = 0, norm = 0;
