@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -13,6 +13,7 @@ from .cost import (
     Estimate,
     Priors,
     Segment,
+    Stock,
     estimate,
     illegal,
     layout_change,
@@ -247,8 +248,17 @@ def candidates(
 MAX_STAGES = 3
 
 
-def plan_chain(chain: Chain, gpu: Gpu, objective: str = "time", priors: Priors = PRIORS) -> Plan:
+def plan_chain(
+    chain: Chain,
+    gpu: Gpu,
+    objective: str = "time",
+    priors: Priors = PRIORS,
+    modules_of: Callable[[int, int], Sequence[Module]] | None = None,
+) -> Plan:
     """The segmentation of the chain into modules and layers left to stock, of least estimated time (or traffic).
+
+    modules_of(first, last): the modules to choose from for these layers, of which the first is taken, with measured
+    times perhaps; by default the best candidate.
 
     A dynamic programme over the layers: best[i][k] is the least cost of layers 0..i-1 when the last of them is stock's
     (k = 0) or a module's (k = 1); going from one to the other changes the layout.
@@ -262,6 +272,10 @@ def plan_chain(chain: Chain, gpu: Gpu, objective: str = "time", priors: Priors =
     def add(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
         return a[0] + b[0], a[1] + b[1]
 
+    def best_candidate(first: int, last: int) -> Sequence[Module]:
+        return candidates(chain, gpu, first, last, objective, 1, priors)
+
+    modules_of = modules_of or best_candidate
     count = len(chain.layers)
     alone = [stock(chain, i, gpu, priors) for i in range(count)]
     changes = [layout_change(chain, i, gpu, priors) for i in range(count)]
@@ -282,7 +296,7 @@ def plan_chain(chain: Chain, gpu: Gpu, objective: str = "time", priors: Priors =
     for start in range(count):
         offer(start, start + 1, 0, key(*alone[start]), None)
         for last in range(start, min(start + MAX_STAGES, count)):
-            for module in candidates(chain, gpu, start, last, objective, 1, priors):
+            for module in modules_of(start, last)[:1]:
                 offer(start, last + 1, 1, key(module.time_us, module.traffic_bytes), module)
 
     modules: list[Module] = []
@@ -294,7 +308,7 @@ def plan_chain(chain: Chain, gpu: Gpu, objective: str = "time", priors: Priors =
         if chosen:
             modules.append(chosen)
         else:
-            skips.append(Skip(start, _reason(chain, gpu, start, objective, alone[start], priors)))
+            skips.append(Skip(start, _reason(modules_of(start, start), gpu, objective, alone[start])))
         end, kind = start, before
     return Plan(
         chain=chain,
@@ -308,8 +322,7 @@ def plan_chain(chain: Chain, gpu: Gpu, objective: str = "time", priors: Priors =
     )
 
 
-def _reason(chain: Chain, gpu: Gpu, layer: int, objective: str, alone: Any, priors: Priors) -> str:
-    fused = candidates(chain, gpu, layer, layer, objective, 1, priors)
+def _reason(fused: Sequence[Module], gpu: Gpu, objective: str, alone: Stock) -> str:
     if not fused:
         return f"no tile of this layer fits {gpu.name}"
     if objective == "traffic":
