@@ -1,8 +1,12 @@
-// C functions for tools and tests: what the library would do for a module, without ONNX Runtime or a GPU. Each returns
-// 0 and sets `result`, or returns 1 and sets it to what is wrong; the text lives until the thread's next call.
+// C functions for tools and tests: what the library would do for a module, without ONNX Runtime; but for measuring,
+// without a GPU. Each returns 0 and sets `result`, or returns 1 and sets it to what is wrong; the text lives until the
+// thread's next call.
+#include <sstream>
+
 #include "cubin_cache.h"
 #include "description.h"
 #include "error.h"
+#include "measure.h"
 #include "nvrtc.h"
 #include "specialise.h"
 
@@ -53,6 +57,16 @@ int ort_fcm_compile(const char* module, const char* architecture, const char** r
     const std::string key = fcm::cubin_key(source, architecture);
     fcm::cached_cubin(key, source, architecture);
     return fcm::cache_path(key);
+  });
+}
+
+// `x_shape`: four numbers separated by spaces. The result is microseconds.
+int ort_fcm_measure(const char* module, const char* x_shape, const char** result) {
+  return answer(result, [&] {
+    std::istringstream numbers(x_shape);
+    std::vector<int64_t> shape;
+    for (int64_t n; numbers >> n;) shape.push_back(n);
+    return fcm::text(fcm::measure(fcm::read_description(module), shape));
   });
 }
 

@@ -19,6 +19,8 @@ Driver open_driver() {
   bind(driver.version, "cuDriverGetVersion");
   bind(driver.error_string, "cuGetErrorString");
   bind(driver.device_attribute, "cuDeviceGetAttribute");
+  bind(driver.device, "cuDeviceGet");
+  bind(driver.retain_primary_context, "cuDevicePrimaryCtxRetain");
   bind(driver.current_context, "cuCtxGetCurrent");
   bind(driver.current_device, "cuCtxGetDevice");
   bind(driver.push_context, "cuCtxPushCurrent_v2");
@@ -27,7 +29,19 @@ Driver open_driver() {
   bind(driver.allocate, "cuMemAlloc_v2");
   bind(driver.release, "cuMemFree_v2");
   bind(driver.upload, "cuMemcpyHtoD_v2");
+  bind(driver.create_stream, "cuStreamCreate");
+  bind(driver.destroy_stream, "cuStreamDestroy_v2");
   bind(driver.synchronise_stream, "cuStreamSynchronize");
+  bind(driver.begin_capture, "cuStreamBeginCapture_v2");
+  bind(driver.end_capture, "cuStreamEndCapture");
+  bind(driver.instantiate_graph, "cuGraphInstantiateWithFlags");
+  bind(driver.launch_graph, "cuGraphLaunch");
+  bind(driver.destroy_graph, "cuGraphDestroy");
+  bind(driver.destroy_graph_exec, "cuGraphExecDestroy");
+  bind(driver.create_event, "cuEventCreate");
+  bind(driver.record_event, "cuEventRecord");
+  bind(driver.elapsed, "cuEventElapsedTime");
+  bind(driver.destroy_event, "cuEventDestroy_v2");
   bind(driver.load_module, "cuModuleLoadData");
   bind(driver.unload_module, "cuModuleUnload");
   bind(driver.get_function, "cuModuleGetFunction");

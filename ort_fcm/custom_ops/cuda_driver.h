@@ -10,6 +10,9 @@ using Context = struct ContextHandle*;
 using Module = struct ModuleHandle*;
 using Function = struct FunctionHandle*;
 using Stream = struct StreamHandle*;
+using Event = struct EventHandle*;
+using Graph = struct GraphHandle*;
+using GraphExec = struct GraphExecHandle*;
 using Pointer = unsigned long long;  // device memory
 
 enum DeviceAttribute : int {
@@ -20,6 +23,7 @@ enum DeviceAttribute : int {
 };
 enum FunctionAttribute : int { kDynamicSharedBytes = 8 };
 enum CaptureMode : int { kRelaxed = 2 };
+enum StreamFlags : unsigned { kNonBlocking = 1 };
 
 struct LaunchAttribute {
   int id;
@@ -46,6 +50,8 @@ struct Driver {
   int (*version)(int*);
   int (*error_string)(int, const char**);
   int (*device_attribute)(int*, int attribute, int device);
+  int (*device)(int*, int number);
+  int (*retain_primary_context)(Context*, int device);
   int (*current_context)(Context*);
   int (*current_device)(int*);
   int (*push_context)(Context);
@@ -54,7 +60,19 @@ struct Driver {
   int (*allocate)(Pointer*, size_t);
   int (*release)(Pointer);
   int (*upload)(Pointer, const void*, size_t);
+  int (*create_stream)(Stream*, unsigned flags);
+  int (*destroy_stream)(Stream);
   int (*synchronise_stream)(Stream);
+  int (*begin_capture)(Stream, int mode);
+  int (*end_capture)(Stream, Graph*);
+  int (*instantiate_graph)(GraphExec*, Graph, unsigned long long flags);
+  int (*launch_graph)(GraphExec, Stream);
+  int (*destroy_graph)(Graph);
+  int (*destroy_graph_exec)(GraphExec);
+  int (*create_event)(Event*, unsigned flags);
+  int (*record_event)(Event, Stream);
+  int (*elapsed)(float* milliseconds, Event start, Event stop);
+  int (*destroy_event)(Event);
   int (*load_module)(Module*, const void* image);
   int (*unload_module)(Module);
   int (*get_function)(Function*, Module, const char*);

@@ -109,15 +109,16 @@ std::shared_ptr<DeviceKernel> load_kernel(const Compilation& compilation, cuda::
                      [&] { return std::make_shared<DeviceKernel>(context, cubin, shared_bytes); });
 }
 
-DeviceBuffer::DeviceBuffer(cuda::Context context, const std::string& data) : context_(context) {
+DeviceBuffer::DeviceBuffer(cuda::Context context, const std::string& data, size_t bytes) : context_(context) {
   const cuda::Driver& driver = cuda::driver();
   const cuda::Current current(context);
-  cuda::require(driver.allocate(&address_, data.size()),
-                text("allocating ", data.size(), " bytes for weights").c_str());
-  int error = driver.upload(address_, data.data(), data.size());
+  cuda::require(driver.allocate(&address_, bytes), text("allocating ", bytes, " bytes").c_str());
+  int error = 0;
+  for (size_t at = 0; at < bytes && !error; at += data.size())
+    error = driver.upload(address_ + at, data.data(), std::min(data.size(), bytes - at));
   if (!error) error = driver.synchronise_stream(nullptr);  // ONNX Runtime's own streams do not wait for the upload
   if (error) driver.release(address_);
-  cuda::require(error, "uploading weights");
+  cuda::require(error, "uploading data");
 }
 
 DeviceBuffer::~DeviceBuffer() {

@@ -37,10 +37,11 @@ class DeviceKernel {
 // Waits for `compilation` and loads its kernel into `context`, unless it is there already. Throws Error.
 std::shared_ptr<DeviceKernel> load_kernel(const Compilation& compilation, cuda::Context context, int shared_bytes);
 
-// A block of device memory with a copy of `data`; frees itself.
+// A block of device memory with a copy of `data`, or with as many copies as fill `bytes`; frees itself.
 class DeviceBuffer {
  public:
-  DeviceBuffer(cuda::Context context, const std::string& data);
+  DeviceBuffer(cuda::Context context, const std::string& data) : DeviceBuffer(context, data, data.size()) {}
+  DeviceBuffer(cuda::Context context, const std::string& data, size_t bytes);
   ~DeviceBuffer();
   DeviceBuffer(const DeviceBuffer&) = delete;
   DeviceBuffer& operator=(const DeviceBuffer&) = delete;
