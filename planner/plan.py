@@ -243,6 +243,13 @@ def candidates(
     return [_module(seg, first, last, gpu, *item) for item in _ranked(seg, gpu, objective, priors, limit)]
 
 
+def module_of(chain: Chain, gpu: Gpu, first: int, last: int, tile: Tile, priors: Priors = PRIORS) -> Module | None:
+    """The module of layers first..last with a given tile, as estimated; None where that is none or does not fit."""
+    seg = segment(chain, first, last)
+    cost = None if seg is None or illegal(seg, tile) else estimate(seg, tile, gpu, priors)
+    return _module(seg, first, last, gpu, tile, cost) if seg and cost else None
+
+
 # ---- The choice ------------------------------------------------------------------------------------------------------
 
 MAX_STAGES = 3
