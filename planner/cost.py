@@ -17,22 +17,27 @@ from .gpus import Gpu
 
 @dataclass(frozen=True)
 class Priors:
-    """Constants of the time model that no data sheet states. Priors, from one untuned prototype and stock's published
-    times on an H200, until measurements replace them."""
+    """Constants of the time model that no data sheet states. Those of `FITTED` were fitted to kernels timed on an H200
+    (benchmarks/calibrate.py)."""
 
     dram_share: float = 0.90  # of memory_gbps that a copy reaches: 4.3 of 4.8 TB/s
     l2_share: float = 1.0  # of l2_gbps, itself an estimate of what is reached
-    l2_bytes_per_clock: float = 40.0  # L2 bytes that one SM takes in a clock
-    tensor_share: float = 0.6  # of the tensor cores' peak that mma.sync reaches between loads
-    issue_share: float = 0.65  # of the 4 warp instructions an SM issues in a clock
-    shared_share: float = 0.8  # of the one 128-byte wavefront a clock of shared memory
-    overlap: float = 3.0  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
-    clocks_per_instruction: float = 4.0  # of one warp alone: dependent instructions wait for each other
-    step_clocks: float = 500.0  # of a chunk step: barriers, and the copies' latency that is not hidden
-    block_clocks: float = 2000.0  # of a thread block: its first loads, its last stores
-    split_clocks: float = 1500.0  # of a cluster: its barriers and the partial sums through distributed shared memory
+    l2_bytes_per_clock: float = 23.5  # L2 bytes that one SM takes in a clock
+    tensor_share: float = 1.0  # of the rate of mma.sync
+    plain_share: float = 0.65  # of an SM's multiply-adds that products reach where there are no tensor cores
+    overlap: float = 2.0  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
+    copy_instructions: float = 47.0  # a warp's 512 bytes of asynchronous copies: addresses, predicates, waits
+    gather_instructions: float = 340.0  # a 16-pixel tile of `first`: its places, and loading its input
+    store_instructions: float = 17.0  # a register of the output: bias, address, store
+    spill: float = 0.016  # more instructions, for each register that `blocks` takes from a thread
+    clocks_per_instruction: float = 1.1  # of one warp alone
+    load_clocks: float = 10.8  # the same, of a vector from shared memory, beyond its instruction
+    product_clocks: float = 6.1  # the same, of a tensor-core product
+    step_clocks: float = 690.0  # of a chunk step: its barrier, and the copies' latency that is not hidden
+    block_clocks: float = 2500.0  # of a thread block: its first loads, its last stores
+    split_clocks: float = 3200.0  # of a cluster: its barriers and the partial sums through distributed shared memory
+    tail_rounds: float = 0.18  # rounds lost where thread blocks do not all fit the GPU at once
     launch_us: float = 1.2  # of a kernel in a captured graph
-    depthwise_overhead: float = 0.35  # plain instructions of the depthwise beyond its multiply-adds
     base_registers: int = 52  # addresses, counters, pipeline state
     spare_registers: int = 16  # kept free below every bound, so that none spill
     # stock: separate NCHW kernels
@@ -45,6 +50,11 @@ class Priors:
 
 
 PRIORS = Priors()
+FITTED = (
+    "l2_bytes_per_clock", "copy_instructions", "gather_instructions", "store_instructions", "spill",
+    "clocks_per_instruction", "load_clocks", "product_clocks", "step_clocks", "block_clocks", "split_clocks",
+    "tail_rounds",
+)  # fmt: skip
 
 # By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
 # in a clock, and the share of that which mma.sync reaches where all of it takes wgmma or tcgen05.
@@ -262,6 +272,8 @@ def illegal(seg: Segment, tile: Tile) -> str:
         return f"chunk and block_n must be multiples of a group of {group} channels"
     if t.patch_h not in (1, 2, 4) or t.split not in (1, 2, 4, 8):
         return "patch_h must be 1, 2 or 4 and split 1, 2, 4 or 8"
+    if t.resident not in (0, 1) or (t.resident and t.split > 1):
+        return "resident must be 0 or 1, and excludes split"
     if t.warps_m * t.warps_n > 16 or t.blocks * t.threads > 2048:
         return "a thread block has at most 16 warps, and blocks times threads at most 2048"
     if seg.depthwise:
@@ -318,13 +330,13 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
     """Shared memory of a thread block."""
     t, groups, warps = tile, tile.chunk // seg.group, tile.warps_m * tile.warps_n
     fragment = 512  # 32 lanes x 16 bytes
-    once = chunk = 0
+    once = planes = weights = 0
 
     def vectors(layer: Layer) -> int:  # bias, and slope of a PRelu, of a group
         return seg.group * 4 * (2 if layer.activation == "prelu" else 1)
 
     if seg.first:
-        chunk += groups * (seg.group // 8 * seg.first_steps * 256 + vectors(seg.first))
+        weights += groups * (seg.group // 8 * seg.first_steps * 256 + vectors(seg.first))
         if not _first_in_registers(seg, t):
             once = warps * _first_tiles(seg, t) * ceil_div(seg.first_steps, 2) * 2 * fragment
     if seg.depthwise:
@@ -333,25 +345,41 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
             rows = (spatial.halo_rows - 1) * seg.first.stride[0] + seg.first.reach[0]
             columns = (spatial.halo_columns - 1) * seg.first.stride[1] + seg.first.reach[1]
             once += round_up(t.images * seg.c_in * rows * round_up(columns + 1, 2) * seg.element, 16)
-        chunk += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
-        chunk += groups * (seg.depthwise.taps * 64 + vectors(seg.depthwise))
+        planes += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
+        weights += groups * (seg.depthwise.taps * 64 + vectors(seg.depthwise))
     if seg.project:
-        chunk += groups * (block_n(seg, t) // 8) * fragment
+        weights += groups * (block_n(seg, t) // 8) * fragment
         if seg.streams or t.warps_n > 1:  # what feeds `project` passes between warps
-            chunk += t.warps_m * groups * t.patch_h * 2 * fragment
+            planes += t.warps_m * groups * t.patch_h * 2 * fragment
     reduction = warps * t.patch_h * _warp_groups_n(seg, t) * (seg.group // 8) * fragment if t.split > 1 else 0
-    return max(once + 2 * chunk, reduction)  # two buffers of all that a chunk step replaces
+    buffers = _steps(seg, t) if t.resident else 2  # of weights: all, or two of what a chunk step replaces
+    return max(once + 2 * planes + buffers * weights, reduction)
+
+
+def _steps(seg: Segment, tile: Tile) -> int:
+    """Chunks that a thread block walks over."""
+    groups = tile.chunk // seg.group
+    if seg.project:
+        return ceil_div(ceil_div(seg.middle_groups, groups), tile.split)
+    return ceil_div(block_n(seg, tile) // seg.group, groups)
 
 
 def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
     """Registers of a thread, estimated: accumulators, `first`'s fragments, and the hungrier of the phases."""
     phase = 24  # fragments and sums of a tensor-core product
+    sums = accumulators(seg, tile)
     if seg.depthwise:
-        phase = max(phase, 4 * min(seg.depthwise.taps, 9) + 12 * tile.patch_h + 8)
+        pixels = 6 * max(seg.depthwise.stride)
+        if not seg.project:  # stores follow at once, and the next pixels' loads before them
+            pixels = max(pixels, 12)
+        depthwise = 4 * min(seg.depthwise.taps, 9) + pixels * tile.patch_h + 4
+        if not seg.first and seg.middle_groups <= tile.chunk // seg.group:  # one chunk: sums begin when it has ended
+            sums = max(0, sums - depthwise)
+        phase = max(phase, depthwise)
     if seg.project and seg.element == 4:
         phase += 16  # operands rounded to TF32
-    held = _first_tiles(seg, tile) * seg.first_steps * 4 if seg.first and _first_in_registers(seg, tile) else 0
-    return priors.base_registers + accumulators(seg, tile) + held + phase
+    held = _first_tiles(seg, tile) * seg.first_steps * 3 if seg.first and _first_in_registers(seg, tile) else 0
+    return priors.base_registers + sums + held + phase
 
 
 def resident(seg: Segment, tile: Tile, gpu: Gpu, shared: int, regs: int) -> int:
@@ -390,7 +418,7 @@ def _tensor_rates(seg: Segment, gpu: Gpu, priors: Priors) -> tuple[float, float,
     per_clock, share = _capability(_TENSOR, gpu.sm)
     tflops = gpu.tensor_fp16_tflops if seg.dtype == "float16" else gpu.tensor_tf32_tflops
     if tflops <= 0:
-        return 64 / 1024 * priors.issue_share, gpu.fp32_tflops * 5e5 * priors.issue_share, False
+        return 64 / 1024 * priors.plain_share, gpu.fp32_tflops * 5e5 * priors.plain_share, False
     return per_clock * share * priors.tensor_share, tflops * 5e5 * share * priors.tensor_share, True
 
 
@@ -400,16 +428,28 @@ def memory_us(gpu: Gpu, dram: float, traffic: float, priors: Priors) -> tuple[fl
     return dram * missing / (gpu.memory_gbps * 1e3 * priors.dram_share), traffic / (gpu.l2_gbps * 1e3 * priors.l2_share)
 
 
-def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Estimate | None:
-    """What the segment costs with a tile; None where the tile does not fit the GPU."""
-    t, layer = tile, seg.depthwise
-    if t.split > 1 and gpu.sm < 90:
-        return None
-    shared, regs = shared_bytes(seg, t), registers(seg, t, priors)
-    blocks = resident(seg, t, gpu, shared, regs)
-    if not blocks or regs + priors.spare_registers > MAX_REGISTERS:
-        return None
+class Work(NamedTuple):
+    """What a segment with a tile does, on any GPU. Counts of a step are one warp's, warp-wide operations."""
 
+    grid: int  # thread blocks
+    warps: int  # of a thread block
+    steps: int  # chunks a thread block walks over
+    split: int
+    traffic: int  # bytes between the SMs and L2
+    dram: int  # bytes
+    products: float  # a step's tensor-core products
+    values: float  # a step's plain instructions on values: the depthwise, activations
+    loads: float  # a step's vectors from shared memory, 512 bytes
+    stores: float  # a step's vectors to shared memory
+    copies: float  # a step's asynchronous copies, 512 bytes
+    tiles: int  # 16-pixel tiles of `first` that a warp prepares, once
+    ends: float  # registers of output that a warp finishes and stores, once
+    recompute: float
+
+
+def work(seg: Segment, tile: Tile) -> Work:
+    """The symbols are those of docs/planner.md."""
+    t, layer = tile, seg.depthwise
     # Geometry: S spatial tiles, B channel blocks, pixels read.
     e, group, groups, warps = seg.element, seg.group, t.chunk // seg.group, t.warps_m * t.warps_n
     out_h, out_w = seg.maps[-1]
@@ -432,9 +472,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
             r = min(seg.height, (r - 1) * dense.stride[0] + dense.reach[0])
             c = min(seg.width, (c - 1) * dense.stride[1] + dense.reach[1])
             x_pixels = max(spatial * r * c, seg.input_elements // seg.c_in)
-    grid = spatial * blocks_n * t.split
-    chunks = ceil_div(seg.middle_groups if seg.project else channels // group, groups)
-    steps = ceil_div(chunks, t.split)
+    steps = _steps(seg, t)
 
     # Traffic between the SMs and L2. Without a `first`, split thread blocks and the channel blocks of a lone depthwise
     # read different channels of X.
@@ -447,85 +485,50 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
         traffic += spatial * recomputed * layer.weights
     if seg.project:
         traffic += spatial * seg.project.weights
-    outputs = out_pixels * seg.c_out * (2 if seg.residual else 1)
-    traffic = e * (traffic + outputs)
-    dram = seg.compulsory_bytes
+    traffic += out_pixels * seg.c_out * (2 if seg.residual else 1)
 
-    # Work of a warp in a chunk step: products, plain instructions, shared-memory wavefronts of 128 bytes.
+    # Work of a warp in a chunk step.
     pack = 2 if e == 2 else 1
-    products = plain = waves = 0.0
+    products = values = loads = stores = 0.0
     copied = 0  # bytes that cp.async brings in a step, whole thread block
+    tiles = _first_tiles(seg, t) if seg.first else 0
     if seg.first:
-        tiles = _first_tiles(seg, t)
         weights = groups * group // 8 * seg.first_steps * 256
         products += tiles * groups * (group // 8) * seg.first_steps
-        loads = weights * ceil_div(tiles, 2)
+        loads += weights / 512 * ceil_div(tiles, 2)
         if not _first_in_registers(seg, t):
-            loads += tiles * seg.first_steps * 512 * groups
-        values = tiles * 16 * groups * group / pack / 32  # warp-wide operations on the result
-        plain += loads / 512 + values * (2 + _ACTIVATION[seg.first.activation])
-        waves += (loads + (tiles * 16 * groups * 64 if layer else 0)) / 128
+            loads += tiles * seg.first_steps * groups
+        values += tiles * 16 * groups * group / pack / 32 * (2 + _ACTIVATION[seg.first.activation])
+        if layer:
+            stores += tiles * 2 * groups
         copied += weights
     if layer:
         vectors = min((t.patch_h - 1) * layer.stride[0] + layer.reach[0], t.patch_h * layer.kernel[0])
         vectors *= min(layer.stride[1] + layer.reach[1], 2 * layer.kernel[1])
         own = groups / t.warps_n  # warps_n share the groups
-        plain += own * layer.taps * t.patch_h * 8 * (1 + priors.depthwise_overhead)
-        plain += own * (vectors + layer.taps + t.patch_h * 8 * (1 + _ACTIVATION[layer.activation]))
-        waves += own * (vectors * 4 + layer.taps)
+        values += own * t.patch_h * 8 * (layer.taps + 1 + _ACTIVATION[layer.activation])
+        loads += own * (vectors + layer.taps)
         copied += groups * layer.taps * 64
         if not seg.first:
             copied += groups * halo_pixels * 64
     if seg.project:
         weights = groups * (channels // 8) * 512
         products += groups * 2 * t.patch_h * _warp_groups_n(seg, t) * (group // 8)
-        plain += weights / t.warps_n / 512
-        waves += weights / t.warps_n / 128
+        loads += weights / t.warps_n / 512
         copied += weights
         if seg.streams or t.warps_n > 1:
-            passed = groups * t.patch_h * 2 * 512
-            plain += 2 * passed / 512
-            waves += (passed / t.warps_n + passed) / 128
+            passed = groups * t.patch_h * 2
+            loads += passed
+            if seg.streams:
+                copied += passed * 512 * t.warps_m
+            else:
+                stores += passed / t.warps_n
         if not seg.first and not layer and not seg.streams:  # gathered from global memory
             width = 16 // e if seg.c_in % (16 // e) == 0 else 1
-            plain += 3 * t.patch_h * 16 * t.chunk / width / 32
-    plain += copied / 512 / warps * 2
-    waves += copied / 128 / warps
-    per_block = 0.0  # once in a thread block: gathering `first`'s input, the output
-    if seg.first:
-        width = 16 // e if seg.c_in % (16 // e) == 0 else 1
-        per_block += 3 * _first_tiles(seg, t) * 16 * seg.first_depth / width / 32
-    if seg.project:
-        ends = _ACTIVATION[seg.project.activation] + (2 if seg.residual else 0)
-        per_block += accumulators(seg, t) / pack * (2 + ends) * (1 + (t.split - 1) / t.split)
+            values += 3 * t.patch_h * 16 * t.chunk / width / 32
+        ends = accumulators(seg, t) * (2 - 1 / t.split)
     else:
-        per_block += steps * groups * t.patch_h * 2
-
-    # Time: the busiest SM has `busy` thread blocks, in rounds of what it holds at once.
-    per_clock, per_us, on_tensor = _tensor_rates(seg, gpu, priors)
-    busy = ceil_div(grid, gpu.sms)
-    rounds = ceil_div(busy, blocks)
-    mhz = gpu.clock_mhz
-    step_plain = plain + products
-    all_plain = warps * (steps * step_plain + per_block)
-    if not on_tensor:
-        all_plain += warps * steps * products * 32
-    latency = priors.block_clocks + per_block * priors.clocks_per_instruction
-    latency += steps * (priors.step_clocks + step_plain * priors.clocks_per_instruction)
-    if t.split > 1:
-        latency += priors.split_clocks
-    macs = 2048 if e == 2 else 1024
-    dram_us, l2_us = memory_us(gpu, dram, traffic, priors)
-    times = {
-        "dram": dram_us,
-        "l2": max(l2_us, busy * (traffic / grid) / priors.l2_bytes_per_clock / mhz),
-        "tensor": warps * steps * products * max(busy / per_clock / mhz, grid * macs / per_us),
-        "instructions": busy * all_plain / (4 * priors.issue_share) / mhz,
-        "shared": busy * warps * steps * waves / priors.shared_share / mhz,
-        "latency": rounds * latency / mhz,
-    }
-    p = priors.overlap
-    time = priors.launch_us + sum(value**p for value in times.values()) ** (1 / p)
+        ends = steps * groups * t.patch_h * 8.0
 
     # Recomputed work, tensor padding apart.
     done = 0
@@ -535,8 +538,70 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
         done += out_pixels * layer.weights * recomputed
     if seg.project:
         done += out_pixels * seg.project.weights
-    bound = max(times, key=times.__getitem__)
-    return Estimate(time, traffic, dram, shared, regs, blocks, grid, max(1.0, done / seg.multiply_adds), bound)
+    return Work(
+        spatial * blocks_n * t.split, warps, steps, t.split, e * traffic, seg.compulsory_bytes, products, values, loads,
+        stores, copied / 512 / warps, tiles, ends, max(1.0, done / seg.multiply_adds),
+    )  # fmt: skip
+
+
+def times(seg: Segment, w: Work, gpu: Gpu, blocks: int, missing: int, priors: Priors = PRIORS) -> dict[str, float]:
+    """Microseconds of each resource, where an SM holds `blocks` thread blocks, of which each thread has `missing`
+    registers less than it needs."""
+    per_clock, per_us, on_tensor = _tensor_rates(seg, gpu, priors)
+    busy = ceil_div(w.grid, gpu.sms)  # thread blocks of the busiest SM
+    rounds = busy / blocks + priors.tail_rounds if busy > blocks else 1.0
+    mhz = gpu.clock_mhz
+    plain = w.values + w.loads + w.stores + priors.copy_instructions * w.copies
+    plain *= 1 + priors.spill * missing
+    once = priors.gather_instructions * w.tiles + priors.store_instructions * w.ends
+    issued = w.steps * (plain + w.products * (1 if on_tensor else 33)) + once
+    latency = w.steps * (priors.step_clocks + w.loads * priors.load_clocks + w.products * priors.product_clocks)
+    latency += priors.block_clocks + (w.steps * plain + once) * priors.clocks_per_instruction
+    if w.split > 1:
+        latency += priors.split_clocks
+    issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps
+    macs = 2048 if seg.element == 2 else 1024
+    dram_us, l2_us = memory_us(gpu, w.dram, w.traffic, priors)
+    return {
+        "dram": dram_us,
+        "l2": max(l2_us, busy * (w.traffic / w.grid) / priors.l2_bytes_per_clock / mhz),
+        "tensor": w.warps * w.steps * w.products * max(busy / per_clock / mhz, w.grid * macs / per_us),
+        "instructions": busy * issuing * issued / 4 / mhz,  # an SM issues 4 a clock
+        "shared": busy * w.warps * w.steps * 4 * (w.loads + w.stores + w.copies) / mhz,  # 4 wavefronts a vector
+        "latency": rounds * latency / mhz,
+    }
+
+
+def joined(parts: dict[str, float], priors: Priors = PRIORS) -> float:
+    """Microseconds of a module whose resources take `parts`."""
+    total: float = sum(value**priors.overlap for value in parts.values()) ** (1 / priors.overlap)
+    return priors.launch_us + total
+
+
+def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Estimate | None:
+    """What the segment costs with a tile; None where the tile does not fit the GPU."""
+    if tile.split > 1 and gpu.sm < 90:
+        return None
+    shared, regs = shared_bytes(seg, tile), registers(seg, tile, priors)
+    if regs + priors.spare_registers > MAX_REGISTERS:
+        return None
+    bound = gpu.registers_per_sm // (tile.blocks * tile.threads) // 8 * 8  # `blocks` may leave a thread less
+    blocks = resident(seg, tile, gpu, shared, min(regs, bound))
+    if not blocks:
+        return None
+    done = work(seg, tile)
+    parts = times(seg, done, gpu, blocks, max(0, regs - bound), priors)
+    return Estimate(
+        time_us=joined(parts, priors),
+        traffic_bytes=done.traffic,
+        dram_bytes=done.dram,
+        shared_bytes=shared,
+        registers=regs,
+        resident=blocks,
+        grid=done.grid,
+        recompute=done.recompute,
+        bound=max(parts, key=parts.__getitem__),
+    )
 
 
 class Stock(NamedTuple):

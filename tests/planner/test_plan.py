@@ -200,7 +200,12 @@ def test_an_inverted_residual_block_is_one_module_on_an_h200(batch: int) -> None
 
 
 def test_batch_one_splits_where_a_batch_does_not() -> None:
-    small, large = (plan_chain(block(batch), gpu("H200")).modules[0].tile for batch in (1, 128))
+    parts = (
+        Layer("pw", 64, 384, activation="clip", activation_nodes=1),
+        Layer("dw", 384, 384, (3, 3), pads=(1, 1, 1, 1), activation="clip", activation_nodes=1),
+        Layer("pw", 384, 64, residual=True, activation_nodes=1),
+    )
+    small, large = (plan_chain(Chain(parts, batch, 14, 14), gpu("H200")).modules[0].tile for batch in (1, 128))
     assert small.split > large.split == 1
 
 

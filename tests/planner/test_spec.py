@@ -45,7 +45,7 @@ int main() {
     t.resident = next();
     const int batch = next(), height = next(), width = next();
     const char* why = fcm::illegal(s);
-    const fcm::Launch l = fcm::launch(s, batch, height, width);
+    const fcm::Launch l = why ? fcm::Launch{} : fcm::launch(s, batch, height, width);
     std::printf("%d %lld %s\\n", l.shared_bytes, l.grid_x * l.grid_y * l.grid_z, why ? why : "");
     std::fflush(stdout);
   }
@@ -113,7 +113,7 @@ def random_tile(draw: st.DrawFn) -> Tile:
     few = st.integers(1, 4)
     return Tile(
         draw(st.integers(1, 16)), draw(st.integers(1, 16)), draw(few), draw(few), 16 * draw(few), draw(few), draw(few),
-        16 * draw(st.integers(0, 8)), draw(few), draw(few),
+        16 * draw(st.integers(0, 8)), draw(few), draw(few), draw(st.integers(0, 1)),
     )  # fmt: skip
 
 
