@@ -25,7 +25,7 @@ GUARD = 4096  # bytes of NaN before and after every tensor
 DEVIATIONS = 8.0  # standard deviations of the modelled rounding error that an element may be off
 # Unit roundoff of stored tensors, and of tensor-core operands.
 ROUNDOFF = {"float16": 2.0**-11, "tf32": 2.0**-24, "float32": 2.0**-24}
-OPERAND = {"float16": 0.0, "tf32": 2.0**-10.5, "float32": 0.0}
+OPERAND = {"float16": 0.0, "tf32": 2.0**-10.5, "float32": 2.0**-23}  # float32: products of TF32 parts
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,13 @@ def reference(case: Case, data: Data) -> tuple[Array, Array]:
         # the terms' own magnitudes, rounded by the accumulation and, on tensor cores, as operands
         squares = conv2d(y * y, weight * weight, *window)
         tensor_cores = 0.0 if stage.kind == "dw" else operand
-        variance = conv2d(variance, weight * weight, *window) + squares * (2 * tensor_cores**2 + terms * 2.0**-48)
+        # tensor cores truncate sums; a float16 depthwise rounds each of its partial sums to half
+        sums = terms * 2.0**-46 + ((terms + 1) / 2 * unit**2 if stage.kind == "dw" and case.dtype == "float16" else 0)
+        variance = conv2d(variance, weight * weight, *window) + squares * (2 * tensor_cores**2 + sums)
         y = conv2d(y, weight, *window)
         bias, slope = data.biases[i], data.slopes[i]
+        if bias is not None and stage.kind == "dw" and case.dtype == "float16":
+            variance = variance + terms * (unit * bias.astype(np.float64)[:, None, None]) ** 2
         wide_slope = None if slope is None else slope.astype(np.float64)
         if bias is not None:
             y = y + bias.astype(np.float64)[:, None, None]

@@ -104,6 +104,8 @@ void check_pointwise(const Stage& stage, size_t number) {
   const Window& w = stage.window;
   if (w.kernel_h != 1 || w.kernel_w != 1 || w.pad_top || w.pad_left || w.pad_bottom || w.pad_right)
     fail("stage ", number, " is pw but has a kernel of ", w.kernel_h, "x", w.kernel_w, " or pads");
+  if (number > 1 && (w.stride_h != 1 || w.stride_w != 1))
+    fail("stage ", number, " is a pw behind another stage and has a stride, which only a first stage may");
 }
 
 }  // namespace

@@ -281,6 +281,9 @@ constexpr const char* illegal(const Spec& s) {
   if (s.c_in <= 0 || s.c_mid <= 0 || s.c_out <= 0) return "channel counts must be positive";
   if (s.first == Dense::none && !s.depthwise && !has_project(s)) return "a module needs a stage";
   if (s.first != Dense::none && !s.depthwise && !has_project(s)) return "a lone convolution is a project";
+  const Window& last = s.project_window;
+  if (has_project(s) && (s.first != Dense::none || s.depthwise) && (last.stride_h != 1 || last.stride_w != 1))
+    return "a pointwise behind another stage has stride 1";
   if (s.project == Dense::convolution && (s.first != Dense::none || s.depthwise))
     return "a dense convolution must come first";
   if (s.first == Dense::none && s.c_mid != s.c_in) return "without a first stage the middle channels are the input's";

@@ -26,11 +26,11 @@ def _pick(rng: np.random.Generator, *values: int) -> int:
     return int(rng.choice(values))
 
 
-def _stage(kind: str, c_in: int, activation: str, rng: np.random.Generator) -> Stage:
+def _stage(kind: str, c_in: int, activation: str, rng: np.random.Generator, first: bool) -> Stage:
     c_out = c_in if kind == "dw" else int(rng.integers(1, 80))
     params, bias = params_of(activation, rng), bool(rng.random() < 0.8)
     if kind == "pw":
-        stride = (_pick(rng, 1, 1, 1, 2), _pick(rng, 1, 1, 1, 2))
+        stride = (_pick(rng, 1, 1, 1, 2), _pick(rng, 1, 1, 1, 2)) if first else (1, 1)
         return Stage(kind, c_in, c_out, stride=stride, activation=activation, params=params, bias=bias)
     kernel = (_pick(rng, 3, 3, 5, 7), _pick(rng, 3, 3, 5, 7)) if rng.random() < 0.4 else (_pick(rng, 3, 3, 5, 7),) * 2
     dilation = (_pick(rng, 1, 1, 1, 2, 3), _pick(rng, 1, 1, 1, 2, 3))
@@ -53,7 +53,7 @@ def random_case(chain: str, dtype: str, number: int, seed: int, tile: str = "") 
         stages: list[Stage] = []
         size, channels = (h, w), c_in
         for i, kind in enumerate(kinds):
-            stages.append(_stage(kind, channels, ACTIVATIONS[(number + 5 * i) % 12], rng))
+            stages.append(_stage(kind, channels, ACTIVATIONS[(number + 5 * i) % 12], rng, i == 0))
             size, channels = stages[-1].out_size(size), stages[-1].c_out
             if min(size) < 1:
                 break

@@ -130,7 +130,7 @@ def random_module(rng: np.random.Generator, chain: str, dtype: type[np.floating]
         c_out = channels if kind == "dw" else int(rng.choice([1, 3, 7, 8, 16, 24, 33, 40, 65]))
         stage = Stage(kind, (channels, c_out), activation=str(rng.choice(ACTIVATIONS)), bias=bool(rng.random() < 0.8))
         stage.params = params(stage.activation)
-        stage.strides = pair(1, 1, 2)
+        stage.strides = (1, 1) if kind == "pw" and stages else pair(1, 1, 2)
         if kind != "pw":
             stage.kernel = pair(1, 2, 3, 5, 7)
             stage.dilations = pair(1, 1, 2)

@@ -38,6 +38,7 @@ def _module() -> Module:
         ({"activations": "prelu,none,none"}, "the slope of stage 1 is missing"),
         ({"activation_params": [0.0]}, "attribute activation_params has 1 values instead of 6"),
         ({"activation_params": [float("nan")] * 6}, "attribute activation_params holds a NaN"),
+        ({"strides": [1, 1, 1, 1, 2, 2]}, "stage 3 is a pw behind another stage and has a stride"),
         ({"output_activation": "relu"}, "output_activation is given without the residual input R"),
         ({"output_activation": "prelu"}, "output_activation cannot be prelu"),
         ({"input_layout": "CHWN"}, "attribute input_layout is 'CHWN' instead of NHWC or NCHW"),
