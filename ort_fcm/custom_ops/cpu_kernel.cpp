@@ -213,6 +213,7 @@ struct View {
 class CpuKernel : public Kernel {
  public:
   explicit CpuKernel(Module module) : module_(std::move(module)) {
+    if (module_.varying) return;
     for (Stage& stage : module_.stages) {
       stages_.emplace_back(stage);
       stage.weight.clear(), stage.weight.shrink_to_fit();
@@ -222,6 +223,7 @@ class CpuKernel : public Kernel {
   const std::string& node() const override { return module_.node; }
 
   void compute(ort::KernelContext* context) override {
+    if (module_.varying) return CpuKernel(with_weights(module_, context)).compute(context);
     const CallInputs inputs = call_inputs(module_, context);
     const CallShape& shape = inputs.shape;
     void* const y = call_output(shape, context);

@@ -19,6 +19,7 @@ struct Stage {
   StageKind kind = StageKind::pointwise;
   Window window;
   Act act;
+  bool has_bias = false;
   int in_channels = 0, out_channels = 0;
   std::vector<float> weight;  // [M, C/group, kH, kW]
   std::vector<float> bias;    // [M], or empty
@@ -30,6 +31,7 @@ struct Module {
   bool half = false;
   std::vector<Stage> stages;
   bool residual = false;
+  bool varying = false;  // weights, biases or slopes are not constant: each call brings its own
   Act output_act;
   bool input_nchw = false, output_nchw = false;
   std::string tile;

@@ -60,38 +60,59 @@ bool has_input(const ort::KernelInfo* info, size_t index) {
   return size > 1;  // with the terminating zero
 }
 
-struct Constant {
+// The value of a constant input, or null.
+const ort::Value* constant(const ort::KernelInfo* info, size_t index) {
+  int is_constant = 0;
+  const ort::Value* value = nullptr;
+  check(ort::constant_input(info, index, &is_constant, &value));
+  return is_constant ? value : nullptr;
+}
+
+struct Tensor {
   std::vector<int64_t> shape;
   std::vector<float> values;
 };
 
-Constant read_constant(const ort::KernelInfo* info, size_t index, bool half, const std::string& name) {
-  int is_constant = 0;
-  const ort::Value* value = nullptr;
-  check(ort::constant_input(info, index, &is_constant, &value));
-  if (!is_constant || !value) fail("the ", name, " is not a constant");
-  Constant constant;
-  constant.shape = tensor_shape(value, half ? ort::kFloat16 : ort::kFloat, name.c_str());
+Tensor read_tensor(const ort::Value* value, bool half, const std::string& name) {
+  if (!value) fail("the ", name, " is missing");
+  Tensor tensor;
+  tensor.shape = tensor_shape(value, half ? ort::kFloat16 : ort::kFloat, name.c_str());
   int64_t count = 1;
-  for (int64_t dimension : constant.shape) count *= dimension;  // of a tensor in memory: cannot overflow
+  for (int64_t dimension : tensor.shape) count *= dimension;  // of a tensor in memory: cannot overflow
   const void* data = tensor_data(value);
   if (half) {
     const auto* halves = static_cast<const uint16_t*>(data);
-    constant.values.resize(size_t(count));
-    for (int64_t i = 0; i < count; ++i) constant.values[size_t(i)] = half_to_float(halves[i]);
+    tensor.values.resize(size_t(count));
+    for (int64_t i = 0; i < count; ++i) tensor.values[size_t(i)] = half_to_float(halves[i]);
   } else {
     const auto* floats = static_cast<const float*>(data);
-    constant.values.assign(floats, floats + count);
+    tensor.values.assign(floats, floats + count);
   }
-  return constant;
+  return tensor;
 }
 
-std::vector<float> read_vector(const ort::KernelInfo* info, size_t index, bool half, const std::string& name,
-                               int length) {
-  Constant constant = read_constant(info, index, half, name);
-  if (constant.shape != std::vector<int64_t>{length})
-    fail("the ", name, " has shape ", shape_text(constant.shape), " instead of [", length, "]");
-  return std::move(constant.values);
+std::vector<float> read_vector(const ort::Value* value, bool half, const std::string& name, int length) {
+  Tensor tensor = read_tensor(value, half, name);
+  if (tensor.shape != std::vector<int64_t>{length})
+    fail("the ", name, " has shape ", shape_text(tensor.shape), " instead of [", length, "]");
+  return std::move(tensor.values);
+}
+
+// Channels, weights, biases and slopes of the stages; `input` gives the tensor of an input.
+template <class Input>
+void read_weights(Module& module, Input input) {
+  int channels = 0;
+  for (size_t i = 0; i < module.stages.size(); ++i) {
+    const std::string of_stage = text(" of stage ", i + 1);
+    Stage& stage = module.stages[i];
+    Tensor weight = read_tensor(input(weight_input(i)), module.half, "weight" + of_stage);
+    set_channels(stage, int(i) + 1, weight.shape, channels);
+    stage.weight = std::move(weight.values);
+    channels = stage.out_channels;
+    if (stage.has_bias) stage.bias = read_vector(input(bias_input(i)), module.half, "bias" + of_stage, channels);
+    if (stage.act.kind == Activation::prelu)
+      stage.slope = read_vector(input(slope_input(i)), module.half, "slope" + of_stage, channels);
+  }
 }
 
 }  // namespace
@@ -111,11 +132,15 @@ std::string node_name(const ort::KernelInfo* info) {
   return name.c_str();
 }
 
-Module read_node(const ort::KernelInfo* info, bool half) {
+Module read_node(const ort::KernelInfo* info, bool half, bool constants_only) {
   Module module = read_attributes(node_name(info), read_all(info));
   module.half = half;
   module.residual = has_input(info, kResidualInput);
-  int channels = 0;
+  const auto look_at = [&](size_t index, const std::string& name) {
+    if (constant(info, index)) return;
+    if (constants_only) fail("the ", name, " is not a constant");
+    module.varying = true;
+  };
   for (size_t i = 0; i < kMaxStages; ++i) {
     const std::string of_stage = text(" of stage ", i + 1);
     if (i >= module.stages.size()) {
@@ -125,18 +150,26 @@ Module read_node(const ort::KernelInfo* info, bool half) {
     }
     Stage& stage = module.stages[i];
     if (!has_input(info, weight_input(i))) fail("the weight", of_stage, " is missing");
-    Constant weight = read_constant(info, weight_input(i), half, "weight" + of_stage);
-    set_channels(stage, int(i) + 1, weight.shape, channels);
-    stage.weight = std::move(weight.values);
-    channels = stage.out_channels;
-    if (has_input(info, bias_input(i)))
-      stage.bias = read_vector(info, bias_input(i), half, "bias" + of_stage, channels);
+    look_at(weight_input(i), "weight" + of_stage);
+    stage.has_bias = has_input(info, bias_input(i));
+    if (stage.has_bias) look_at(bias_input(i), "bias" + of_stage);
     const bool prelu = stage.act.kind == Activation::prelu;
     if (prelu != has_input(info, slope_input(i)))
       fail("the slope", of_stage, prelu ? " is missing" : " is given, but its activation is not prelu");
-    if (prelu) stage.slope = read_vector(info, slope_input(i), half, "slope" + of_stage, channels);
+    if (prelu) look_at(slope_input(i), "slope" + of_stage);
   }
+  if (!module.varying) read_weights(module, [&](size_t index) { return constant(info, index); });
   check_module(module);
+  return module;
+}
+
+Module with_weights(Module module, const ort::KernelContext* context) {
+  read_weights(module, [&](size_t index) {
+    const ort::Value* value = nullptr;
+    check(ort::kernel_input(context, index, &value));
+    return value;
+  });
+  module.varying = false;
   return module;
 }
 

@@ -16,8 +16,12 @@ constexpr size_t slope_input(size_t stage) { return 8 + stage; }
 // Throws the message of a failed `status`, after releasing it.
 void check(ort::Status* status);
 
-// Reads and checks the whole node; its weights are copied. Throws Error.
-Module read_node(const ort::KernelInfo* info, bool half);
+// Reads and checks the whole node; its weights are copied, if they are constant. Otherwise the module is `varying`, or,
+// with `constants_only`, refused. Throws Error.
+Module read_node(const ort::KernelInfo* info, bool half, bool constants_only);
+
+// A varying module with the weights of this call. Throws Error.
+Module with_weights(Module module, const ort::KernelContext* context);
 
 std::string node_name(const ort::KernelInfo* info);
 

@@ -19,9 +19,10 @@ struct Op : ort::CustomOp {
 const Op& as_op(const ort::CustomOp* op) { return *static_cast<const Op*>(op); }
 
 std::unique_ptr<Kernel> make_kernel(const Op& op, const ort::KernelInfo* info) {
-  Module module = read_node(info, op.type == ort::kFloat16);
-  if (!std::strcmp(op.provider, "CPUExecutionProvider")) return make_cpu_kernel(std::move(module));
-  return make_cuda_kernel(std::move(module), info);
+  const bool cpu = !std::strcmp(op.provider, "CPUExecutionProvider");
+  // On the CPU, ONNX Runtime puts Casts around float16 nodes, and between a constant and its node.
+  Module module = read_node(info, op.type == ort::kFloat16, !cpu);
+  return cpu ? make_cpu_kernel(std::move(module)) : make_cuda_kernel(std::move(module), info);
 }
 
 ort::Status* create_kernel(const ort::CustomOp* op, const void*, const ort::KernelInfo* info, void** kernel) {

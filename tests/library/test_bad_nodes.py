@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
+from ort_fcm.library import library_path
 from tests.library.modules import Array, Module, Stage, fused_model, inputs, session, with_weights
 
 
@@ -70,12 +71,6 @@ def _rename_input(index: int, name: str) -> Callable[[onnx.ModelProto], None]:
     return change
 
 
-def _weight_as_input(model: onnx.ModelProto) -> None:
-    weight = next(t for t in model.graph.initializer if t.name == "w2")
-    model.graph.initializer.remove(weight)
-    model.graph.input.append(helper.make_tensor_value_info("w2", weight.data_type, weight.dims))
-
-
 @pytest.mark.parametrize(
     ("change", "cause"),
     [
@@ -90,7 +85,6 @@ def _weight_as_input(model: onnx.ModelProto) -> None:
         (_replace("b3", np.zeros((1, 16), np.float32)), "the bias of stage 3 has shape [1, 16] instead of [16]"),
         (_rename_input(3, ""), "the weight of stage 2 is missing"),
         (_rename_input(8, "b1"), "the slope of stage 1 is given, but its activation is not prelu"),
-        (_weight_as_input, "the weight of stage 2 is not a constant"),
     ],
 )  # fmt: skip
 def test_weights(change: Callable[[onnx.ModelProto], None], cause: str) -> None:
@@ -128,3 +122,17 @@ def test_residual_of_another_shape() -> None:
     model = fused_model(module, dynamic=True)
     with pytest.raises(Exception, match=r"the residual R has shape \[1, 5, 6, 16\], but Y has \[1, 6, 6, 16\]"):
         session(model, True).run(None, feeds)
+
+
+@pytest.mark.gpu
+def test_cuda_needs_constant_weights() -> None:
+    import onnxruntime as ort
+
+    model = fused_model(_module())
+    weight = next(t for t in model.graph.initializer if t.name == "w2")
+    model.graph.initializer.remove(weight)
+    model.graph.input.append(helper.make_tensor_value_info("w2", weight.data_type, weight.dims))
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(library_path()))
+    with pytest.raises(Exception, match="FusedConvModule 'module0': the weight of stage 2 is not a constant"):
+        ort.InferenceSession(model.SerializeToString(), options, providers=["CUDAExecutionProvider"])

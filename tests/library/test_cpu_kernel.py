@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper, numpy_helper
 
 from tests.library.modules import (
     ACTIVATIONS,
@@ -92,3 +94,64 @@ def test_unnamed_sizes_stay_unknown() -> None:
     made = session(model, True)
     assert -1 not in (made.get_outputs()[0].shape or [])
     assert made.run(None, {"X": x})[0].shape == (2, 7, 4, 24)
+
+
+def _weights_as_inputs(model: onnx.ModelProto) -> None:
+    """As ONNX Runtime's CPU provider sees the constants of a float16 node behind the Casts that it inserts."""
+    for tensor in model.graph.initializer:
+        model.graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    del model.graph.initializer[:]
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_weights_that_are_no_constants(dtype: type[np.floating]) -> None:
+    seed = secrets.randbits(32)
+    print("seed", seed)
+    rng = np.random.default_rng(seed)
+    for chain in ("dw", "pw-dw-pw", "conv-dw-pw"):
+        module = random_module(rng, chain, dtype)
+        model = fused_model(module)
+        _weights_as_inputs(model)
+        fused = session(model, True)
+        for _ in range(2):  # other weights the second time
+            feeds = inputs(module, rng)
+            actual = fused.run(None, {**feeds, **module.weights})[0]
+            expected = run(plain_model(module), feeds, library=False)
+            assert relative_error(actual, expected) <= TOLERANCE[dtype], module.attributes()
+            with_weights(module, rng)
+
+
+def test_weights_that_are_no_constants_are_checked() -> None:
+    rng = np.random.default_rng(0)
+    module = with_weights(Module([Stage("pw", (8, 24)), Stage("dw", (24, 24), (3, 3))], (6, 6)), rng)
+    model = fused_model(module)
+    _weights_as_inputs(model)
+    for value in model.graph.input[1:]:
+        value.type.tensor_type.ClearField("shape")
+    fused, feeds = session(model, True), {**inputs(module, rng), **module.weights}
+    assert fused.run(None, feeds)[0].shape == (1, 4, 4, 24)
+    for name, shape, cause in [
+        ("w1", (24, 7, 1, 1), "input X has shape"),
+        ("w2", (24, 1, 3, 2), "the weight of stage 2 has shape [24, 1, 3, 2] instead of [M, 1, 3, 3]"),
+        ("w2", (25, 1, 3, 3), "the weight of stage 2 takes 25 channels, but the stage before makes 24"),
+        ("b1", (23,), "the bias of stage 1 has shape [23] instead of [24]"),
+        ("b2", (), "the bias of stage 2 has shape [] instead of [24]"),
+    ]:
+        with pytest.raises(Exception, match="FusedConvModule 'module0'") as caught:
+            fused.run(None, {**feeds, name: np.ones(shape, np.float32)})
+        assert cause in str(caught.value)
+
+
+def test_float16_between_nodes_that_the_cpu_computes_in_float() -> None:
+    """The Adds share the bias: for these, ONNX Runtime casts it."""
+    rng = np.random.default_rng(0)
+    module = with_weights(Module([Stage("pw", (8, 24))], (6, 6), dtype=np.float16), rng)
+    model = fused_model(module)
+    model.graph.node.insert(0, helper.make_node("Mul", ["X", "scale"], ["x"]))
+    model.graph.initializer.append(numpy_helper.from_array(np.array(2, np.float16), "scale"))
+    model.graph.node[1].input[0], model.graph.node[1].output[0] = "x", "y"
+    model.graph.node.append(helper.make_node("Add", ["y", "b1"], ["Y"]))
+    feeds = inputs(module, rng)
+    actual = run(model, feeds, library=True)
+    plain = run(plain_model(module), {"X": feeds["X"] * np.float16(2)}, library=False)
+    assert relative_error(actual, plain + module.weights["b1"]) <= TOLERANCE[np.float16]
