@@ -38,13 +38,25 @@ def rewrite(
     float16: Float16 = False,
     constants: Constants = False,
     check: Annotated[bool, typer.Option(help="Compare with the original on the CPU.")] = True,
+    tune: Annotated[bool, typer.Option("--tune", help="Choose by times measured on the GPU present.")] = False,
+    tune_seconds: Annotated[float, typer.Option(min=1, help="About how long to measure.")] = 60.0,
     json_file: Json = None,
 ) -> None:
     """Replace chains of convolutions by fused modules."""
     from ort_fcm.rewrite.pipeline import rewrite as run
 
     _check_json(json_file)
-    result = run(model, output, gpu=gpu, batch=batch, float16=float16, constants=constants, check=check)
+    result = run(
+        model,
+        output,
+        gpu=gpu,
+        batch=batch,
+        float16=float16,
+        constants=constants,
+        check=check,
+        tune=tune,
+        tune_seconds=tune_seconds,
+    )
     result.report.print()
     _write_json(json_file, result.report.to_dict())
 

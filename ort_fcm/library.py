@@ -84,6 +84,13 @@ def compile_kernel(module: str, architecture: str) -> Path:
     return Path(_call("ort_fcm_compile", module, architecture))
 
 
+def measure_module(module: str, x_shape: tuple[int, int, int, int]) -> float:
+    """Return the microseconds that `module` takes on the GPU present, launched many times back to back, for X of a
+    shape. Threads may call at once: they compile in parallel, and measure one at a time. Raises `FcmError` where it
+    cannot run, also where its tile is not one for this GPU."""
+    return float(_call("ort_fcm_measure", module, " ".join(map(str, x_shape))))
+
+
 def nvrtc_version() -> str:
     """Return where the library finds NVRTC and its version; raise `FcmError` if it finds none."""
     return _call("ort_fcm_nvrtc")

@@ -23,6 +23,7 @@ from ort_fcm.rewrite.plan import Planned
 from ort_fcm.rewrite.plan import plan as make_plan
 from ort_fcm.rewrite.report import CheckReport, ModuleReport, Report, Skipped
 from ort_fcm.rewrite.shapes import infer
+from ort_fcm.tune import Tuner, gpu_to_tune_for
 
 DEFAULT_GPU = "H200"
 MOST_NORM_ERROR = 0.3  # beyond it, a conversion to float16 is wrong, not imprecise
@@ -49,6 +50,8 @@ def rewrite(
     plan: Sequence[Plan] = (),
     check: bool = True,
     objective: str = "time",
+    tune: bool = False,
+    tune_seconds: float = 60.0,
 ) -> RewriteResult:
     """Replace chains of depthwise, pointwise and stem convolutions by fused modules.
 
@@ -57,24 +60,28 @@ def rewrite(
     batch: what a dynamic batch is planned for, 1 by default. float16: convert weights and what lies inside; graph
     inputs and outputs keep their type. constants: the caller's word that initializers which are also graph inputs are
     never overridden; these inputs go. plan: plans to use for the chains of the same name. check: compare with the
-    original on the CPU. objective: "time" or "traffic", what the planner minimises.
+    original on the CPU. objective: "time" or "traffic", what the planner minimises. tune: choose by times measured on
+    the GPU present, in about `tune_seconds`; the result runs on other machines with such a GPU.
 
     FcmError, and nothing written, when the input is bad or the check fails.
     """
     path = Path(output) if output is not None else None
     if path is not None:
         check_writable(path)
-    target, is_default = choose_gpu(gpu)
+    target, is_default = (gpu_to_tune_for(gpu), False) if tune else choose_gpu(gpu)
+    if tune and objective != "time":
+        raise FcmError(f"tuning measures time; it cannot minimise {objective}")
     original = load(model)
     result = onnx.ModelProto()
     result.CopyFrom(original)
     if constants:
         _drop_overridable_inputs(result.graph)
-    report = Report(target.name, is_default)
+    report = Report(target.name, is_default, tune)
     try:
         if float16:
             result = to_float16(result)
-        plans = _rewrite(result, report, target, batch, plan, objective)
+        tuner = Tuner(target, tune_seconds) if tune else None
+        plans = _rewrite(result, report, target, batch, plan, objective, tuner)
     except FcmError:
         raise
     except Exception:
@@ -123,7 +130,13 @@ def choose_gpu(name: str | None) -> tuple[Gpu, bool]:
 
 
 def _rewrite(
-    model: onnx.ModelProto, report: Report, gpu: Gpu, batch: int | None, given: Sequence[Plan], objective: str
+    model: onnx.ModelProto,
+    report: Report,
+    gpu: Gpu,
+    batch: int | None,
+    given: Sequence[Plan],
+    objective: str,
+    tuner: Tuner | None = None,
 ) -> tuple[Plan, ...]:
     """Rewrite in place."""
     if any(node.domain == DOMAIN and node.op_type == OP for node in model.graph.node):
@@ -137,7 +150,7 @@ def _rewrite(
     plans: list[Plan] = []
     for view in _views(model.graph, View(model.graph, shapes, opset, overridable)):
         found, reasons = chains(view)
-        planned = make_plan(view, found, gpu, objective, {item.chain.name: item for item in given})
+        planned = make_plan(view, found, gpu, objective, {item.chain.name: item for item in given}, tuner)
         plans += planned.plans
         reasons |= planned.reasons
         names = emit(view, planned.segments, functions, gpu.name) if planned.segments else []
@@ -171,9 +184,18 @@ def _add(report: Report, view: View, planned: Planned, names: list[str], reasons
         nodes = [label(view.nodes[i]) for i in sorted(i for stage in segment.stages for i in stage.nodes)]
         report.modules.append(
             ModuleReport(
-                name, segment.variant, segment.kinds, nodes, segment.tile, segment.traffic_bytes, segment.time_us
+                name,
+                segment.variant,
+                segment.kinds,
+                nodes,
+                segment.tile,
+                segment.traffic_bytes,
+                segment.dram_bytes,
+                segment.time_us,
+                segment.measured,
             )
         )
     report.skipped += [Skipped(label(view.nodes[i]), reason) for i, reason in sorted(reasons.items())]
-    report.traffic_bytes["before"] += planned.before
-    report.traffic_bytes["after"] += planned.after
+    for total, bytes_ in ((report.traffic_bytes, planned.traffic), (report.dram_bytes, planned.dram)):
+        total["before"] += bytes_[0]
+        total["after"] += bytes_[1]

@@ -11,19 +11,23 @@ from ort_fcm.errors import FcmError
 from ort_fcm.planner import Chain, Gpu, Layer, Plan, PlannerError, plan_chain
 from ort_fcm.rewrite.graph import View, label
 from ort_fcm.rewrite.match import Stage
+from ort_fcm.tune import Tuner
 
 DTYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Stages that run as one module. traffic_bytes: to and from global memory; time_us: microseconds, estimated."""
+    """Stages that run as one module. traffic_bytes: between SMs and L2; dram_bytes: from and to device memory;
+    time_us: microseconds, estimated unless measured."""
 
     stages: tuple[Stage, ...]
     variant: str
     tile: str
     traffic_bytes: int
+    dram_bytes: int
     time_us: float
+    measured: bool = False
 
     @property
     def kinds(self) -> str:
@@ -32,36 +36,51 @@ class Segment:
 
 @dataclass(frozen=True)
 class Planned:
-    """Of one graph: its modules, the reason of each convolution in none (by position), and bytes of global memory
-    traffic without and with the modules."""
+    """Of one graph: its modules, the reason of each convolution in none (by position), and bytes between SMs and L2,
+    and from and to device memory, each without and with the modules."""
 
     segments: list[Segment]
     reasons: dict[int, str]
-    before: int
-    after: int
+    traffic: tuple[int, int]
+    dram: tuple[int, int]
     plans: list[Plan]
 
 
-def plan(view: View, chains: Sequence[Sequence[Stage]], gpu: Gpu, objective: str, given: Mapping[str, Plan]) -> Planned:
-    """Plan every chain, or take the plan in `given` of the chain's name."""
+def plan(
+    view: View,
+    chains: Sequence[Sequence[Stage]],
+    gpu: Gpu,
+    objective: str,
+    given: Mapping[str, Plan],
+    tuner: Tuner | None = None,
+) -> Planned:
+    """Plan every chain, with times measured by `tuner` if there is one, or take the plan in `given` of the chain's
+    name."""
     segments: list[Segment] = []
     plans: list[Plan] = []
     reasons: dict[int, str] = {}
-    before = after = 0
-    for stages in chains:
-        chain = _chain(view, stages)
+    traffic_before = traffic_after = saved_by_l2 = 0
+    known = [_chain(view, stages) for stages in chains]
+    if tuner:
+        tuner.tune([chain for chain in known if isinstance(chain, Chain) and chain.name not in given])
+    for stages, chain in zip(chains, known, strict=True):
         if isinstance(chain, str):
             reasons.update({stage.conv: chain for stage in stages})
             continue
         try:
-            result = given[chain.name] if chain.name in given else plan_chain(chain, gpu, objective)
+            if chain.name in given:
+                result = given[chain.name]
+            else:
+                result = tuner.plan(chain) if tuner else plan_chain(chain, gpu, objective)
             result.check()
             if result.chain != chain:
                 raise FcmError(f"the plan of chain '{chain.name}' is for another chain of that name")
         except PlannerError as error:
             raise FcmError(str(error)) from None
         plans.append(result)
-        before, after = before + result.traffic_before, after + result.traffic_after
+        traffic_before += result.traffic_before
+        traffic_after += result.traffic_after
+        saved_by_l2 += sum(module.traffic_bytes - module.dram_bytes for module in result.modules)
         reasons.update({stages[skip.layer].conv: skip.reason for skip in result.skips})
         for module in result.modules:
             segments.append(
@@ -70,10 +89,14 @@ def plan(view: View, chains: Sequence[Sequence[Stage]], gpu: Gpu, objective: str
                     module.variant,
                     str(module.tile),
                     int(module.traffic_bytes),
+                    int(module.dram_bytes),
                     float(module.time_us),
+                    tuner is not None and chain.name not in given and tuner.is_measured(chain, module),
                 )
             )
-    return Planned(segments, reasons, before, after, plans)
+    # stock's kernels are counted as touching every tensor once: their traffic all reaches device memory
+    dram = (traffic_before, traffic_after - saved_by_l2)
+    return Planned(segments, reasons, (traffic_before, traffic_after), dram, plans)
 
 
 def _chain(view: View, stages: Sequence[Stage]) -> Chain | str:

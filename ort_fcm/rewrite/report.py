@@ -9,7 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One module. nodes: the model's nodes that it replaces; traffic_bytes and time_us are the planner's estimates."""
+    """One module. nodes: the model's nodes that it replaces; traffic_bytes (between SMs and L2) and dram_bytes (from and to
+    device memory) are the planner's estimates, as is time_us unless it was measured."""
 
     name: str
     variant: str
@@ -17,7 +18,9 @@ class ModuleReport:
     nodes: list[str]
     tile: str
     traffic_bytes: int
+    dram_bytes: int
     time_us: float
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,15 +42,19 @@ class CheckReport:
 
 @dataclass
 class Report:
-    """gpu: planned for; convolutions: in the model; in_modules: of these in any module; fused_convolutions: in modules
-    of two or more; traffic_bytes: of the convolutions' chains, to and from global memory, `before` and `after`."""
+    """gpu: planned for; tuned: with times measured on it; convolutions: in the model; in_modules: of these in any
+    module; fused_convolutions: in modules of two or more; of the convolutions' chains, `before` and `after`:
+    traffic_bytes, all global memory accesses, which L2 may serve, and dram_bytes, what goes from and to device memory
+    when L2 is cold."""
 
     gpu: str
     gpu_is_default: bool = False
+    tuned: bool = False
     convolutions: int = 0
     modules: list[ModuleReport] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     traffic_bytes: dict[str, int] = field(default_factory=lambda: {"before": 0, "after": 0})
+    dram_bytes: dict[str, int] = field(default_factory=lambda: {"before": 0, "after": 0})
     check: CheckReport | None = None
 
     @property
@@ -73,14 +80,18 @@ class Report:
         from rich.table import Table
 
         note = " (the default: no GPU named, and none here that is known)" if self.gpu_is_default else ""
-        show(f"Planned for {escape(self.gpu)}{note}")
+        how = "Tuned on" if self.tuned else "Planned for"
+        show(f"{how} {escape(self.gpu)}{note}")
         if self.modules:
             table = Table("module", "variant", "tile", title="Fused modules")
             table.add_column("traffic, MB", justify="right")
+            table.add_column("memory, MB", justify="right")
             table.add_column("time, us", justify="right")
             for module in self.modules:
-                traffic, time = f"{module.traffic_bytes / 1e6:.2f}", f"{module.time_us:.1f}"
-                table.add_row(escape(module.name), module.variant, module.tile, traffic, time)
+                traffic, memory = (f"{count / 1e6:.2f}" for count in (module.traffic_bytes, module.dram_bytes))
+                time = f"{module.time_us:.1f}"
+                note = " (estimated)" if self.tuned and not module.measured else ""
+                table.add_row(escape(module.name), module.variant, module.tile, traffic, memory, time + note)
             show(table)
         if self.skipped:
             table = Table("convolutions left alone", "reason")
@@ -94,8 +105,10 @@ class Report:
         if not self.modules:
             show("There was nothing to fuse.")
         if before := self.traffic_bytes["before"]:
-            after = self.traffic_bytes["after"]
+            after, memory = self.traffic_bytes["after"], self.dram_bytes
             show(f"Estimated traffic of these chains: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after")
+            show(f"Of it from and to memory: {memory['before'] / 1e6:.1f} MB before, {memory['after'] / 1e6:.1f} MB after")
+            show("(traffic: all global memory accesses; what thread blocks read again, L2 serves and memory does not see)")
         if self.check is not None:
             word = "PASSED" if self.check.passed else "FAILED"
             show(
