@@ -9,8 +9,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """One module. nodes: the model's nodes that it replaces; traffic_bytes (between SMs and L2) and dram_bytes (from and to
-    device memory) are the planner's estimates, as is time_us unless it was measured."""
+    """One module. nodes: the model's nodes that it replaces; traffic_bytes (between SMs and L2) and dram_bytes (from
+    and to device memory) are the planner's estimates, as is time_us unless it was measured."""
 
     name: str
     variant: str
@@ -104,11 +104,11 @@ class Report:
         )
         if not self.modules:
             show("There was nothing to fuse.")
-        if before := self.traffic_bytes["before"]:
-            after, memory = self.traffic_bytes["after"], self.dram_bytes
-            show(f"Estimated traffic of these chains: {before / 1e6:.1f} MB before, {after / 1e6:.1f} MB after")
-            show(f"Of it from and to memory: {memory['before'] / 1e6:.1f} MB before, {memory['after'] / 1e6:.1f} MB after")
-            show("(traffic: all global memory accesses; what thread blocks read again, L2 serves and memory does not see)")
+        if self.traffic_bytes["before"]:
+            for name, count in (("traffic", self.traffic_bytes), ("memory", self.dram_bytes)):
+                before, after = count["before"] / 1e6, count["after"] / 1e6
+                show(f"Estimated {name} of these chains: {before:.1f} MB before, {after:.1f} MB after")
+            show("Traffic: all global memory accesses. Memory: those that reach it, as L2 serves what is read again.")
         if self.check is not None:
             word = "PASSED" if self.check.passed else "FAILED"
             show(

@@ -18,16 +18,16 @@ LEGAL = {
 }  # fmt: skip
 
 
-def greedy(view: Any, chains: list[list[Stage]], gpu: Any, objective: str, given: Any) -> Planned:
+def greedy(view: Any, chains: list[list[Stage]], *_: Any) -> Planned:
     segments = []
     for chain in chains:
         start = 0
         while start < len(chain):
             count = max(n for n in (1, 2, 3) if "-".join(s.kind for s in chain[start : start + n]) in LEGAL)
-            segment = Segment(tuple(chain[start : start + count]), "ANY", "", 0, 0.0)
+            segment = Segment(tuple(chain[start : start + count]), "ANY", "", 0, 0, 0.0)
             segments.append(segment)
             start += len(segment.stages)
-    return Planned(segments, {}, 0, 0, [])
+    return Planned(segments, {}, (0, 0), (0, 0), [])
 
 
 @pytest.fixture
