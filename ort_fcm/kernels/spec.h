@@ -53,6 +53,7 @@ struct Tile {
   int split = 1;               // thread blocks of a cluster that share the middle channels (sm_90 and later)
   int blocks = 1;              // thread blocks an SM should hold: bounds the registers of a thread
   int resident = 0;            // 1: all weights stay in shared memory, and a thread block works through many tiles
+  int stages = 2;              // buffers of what is copied to shared memory: it is fetched stages - 1 chunks ahead
 };
 
 struct Spec {
@@ -225,13 +226,18 @@ constexpr int reduction_bytes(const Spec& s) {
 constexpr int block_chunks(const Spec& s) {
   return has_project(s) ? ceil_div(chunks(s), s.tile.split) : ceil_div(block_n(s), s.tile.chunk);
 }
-constexpr int weight_buffers(const Spec& s) { return s.tile.resident ? block_chunks(s) : 2; }
-// Everything that is written while something else is read has two buffers. The reduction comes after all of it.
-constexpr int shared_bytes(const Spec& s) {
-  return max(first_input_bytes(s) + staged_bytes(s) + 2 * (halo_bytes(s) + exchange_bytes(s)) +
-                 weight_buffers(s) * (first_chunk_bytes(s) + depthwise_chunk_bytes(s) + project_chunk_bytes(s)),
-             reduction_bytes(s));
+constexpr int weight_buffers(const Spec& s) { return s.tile.resident ? block_chunks(s) : s.tile.stages; }
+constexpr int halo_buffers(const Spec& s) { return s.first == Dense::none ? s.tile.stages : 2; }
+constexpr int exchange_buffers(const Spec& s) { return streams_input(s) ? s.tile.stages : 2; }
+// Everything that is written while something else is read has two buffers or more. The reduction comes after all of it,
+// in its place, unless there are tiles to follow.
+constexpr int working_bytes(const Spec& s) {
+  return first_input_bytes(s) + staged_bytes(s) + halo_buffers(s) * halo_bytes(s) +
+         exchange_buffers(s) * exchange_bytes(s) +
+         weight_buffers(s) * (first_chunk_bytes(s) + depthwise_chunk_bytes(s) + project_chunk_bytes(s));
 }
+constexpr int reduction_at(const Spec& s) { return s.tile.resident ? working_bytes(s) : 0; }
+constexpr int shared_bytes(const Spec& s) { return max(working_bytes(s), reduction_at(s) + reduction_bytes(s)); }
 
 // ---- Launch
 
@@ -267,7 +273,7 @@ constexpr Launch launch(const Spec& s, long long batch, long long h, long long w
     l.grid_x = (batch * out_h * out_w + flat_pixels(s) - 1) / flat_pixels(s);
   }
   if (s.tile.resident && sms > 0) {
-    const long long blocks = max(1, sms * s.tile.blocks / blocks_n(s));
+    const long long blocks = max(1, sms * s.tile.blocks / (blocks_n(s) * s.tile.split));
     l.grid_x = l.grid_x < blocks ? l.grid_x : blocks;
   }
   l.grid_y = blocks_n(s), l.grid_z = l.cluster_z = s.tile.split;
@@ -304,7 +310,8 @@ constexpr const char* illegal(const Spec& s) {
   if (t.split > 1 && !has_project(s)) return "split needs a project";
   if (t.split > chunks(s)) return "split must not exceed the chunks";
   if (t.resident != 0 && t.resident != 1) return "resident must be 0 or 1";
-  if (t.resident && t.split > 1) return "resident excludes split";
+  if (t.stages != 2 && t.stages != 3) return "stages must be 2 or 3";
+  if (t.resident && t.stages != 2) return "resident needs 2 stages";
   if (t.blocks < 1 || t.blocks * threads(s) > 2048) return "blocks times threads must fit an SM";
   if (has_project(s) && t.patch_h * warp_groups_n(s) * group(s.type) / 2 > 168)
     return "accumulators do not fit the registers";
