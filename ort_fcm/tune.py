@@ -22,11 +22,12 @@ from ort_fcm.errors import FcmError
 from ort_fcm.library import measure_module
 from ort_fcm.planner import Chain, Gpu, Layer, Module, Plan, PlannerError, Tile, candidates, module_of, plan_chain
 from ort_fcm.planner import gpu as gpu_by_name
+from ort_fcm.planner.chain import ceil_div
 from ort_fcm.planner.cost import Segment, estimate, illegal, segment
 
 LIMIT = 12  # tiles of a segment that are measured first
 RANKED = 400  # of the planner's ranking, that these are chosen from
-FLIPPED = 3  # of them, that are also tried with resident weights
+FLIPPED = 3  # of them, that are also tried with resident weights, and with another number of stages
 BRIBE = 1e6  # microseconds that no plan can resist
 REFINED = 2  # the best measured, of which variations are tried
 REFINED_PRIORITY = 0.25  # these come as if they made their module so much slower than estimated
@@ -239,9 +240,9 @@ class _Queue:
             priority = (time_of_plan((first, last)) - least) / best
             for i, module in enumerate(diverse(ranked, LIMIT)):
                 self._add((chain, first, last), seg, module, priority, module.time_us / best - 1)
-                flipped = resident(seg, module.tile, gpu) if i < FLIPPED else None
-                if flipped and (other := module_of(chain, gpu, first, last, flipped)):
-                    self._add((chain, first, last), seg, other, priority, module.time_us / best - 1)
+                for tile in flipped(seg, module.tile, gpu) if i < FLIPPED else ():
+                    if other := module_of(chain, gpu, first, last, tile):
+                        self._add((chain, first, last), seg, other, priority, module.time_us / best - 1)
 
     def finished(self, job: _Job) -> None:
         """After the last of a segment's first round, variations of its best follow."""
@@ -277,7 +278,7 @@ def resident(seg: Segment, tile: Tile, gpu: Gpu) -> Tile | None:
     """The tile with all weights in shared memory and as many thread blocks as an SM really holds; None where they do
     not fit, or where no thread block would have a second tile to use them for."""
     for blocks in range(2048 // tile.threads, 0, -1):
-        other = replace(tile, resident=1, split=1, blocks=blocks)
+        other = replace(tile, resident=1, stages=2, blocks=blocks)
         cost = None if illegal(seg, other) else estimate(seg, other, gpu)
         if cost is None or cost.resident < blocks or cost.grid <= gpu.sms * blocks:
             continue
@@ -286,8 +287,16 @@ def resident(seg: Segment, tile: Tile, gpu: Gpu) -> Tile | None:
     return None
 
 
+def flipped(seg: Segment, tile: Tile, gpu: Gpu) -> list[Tile]:
+    """The tile with weights held the other way, and with copies fetched further ahead or less far."""
+    steps = ceil_div(ceil_div(seg.middle_groups * seg.group, tile.chunk), tile.split)
+    found = [replace(tile, resident=0) if tile.resident else resident(seg, tile, gpu)]
+    if not tile.resident and steps > 2:
+        found.append(replace(tile, stages=5 - tile.stages))
+    return [item for item in found if item and not illegal(seg, item)]
+
+
 def variations(seg: Segment, tile: Tile, gpu: Gpu) -> list[Tile]:
-    """Tiles of the same cut that hold weights or registers differently."""
-    other = replace(tile, resident=0) if tile.resident else resident(seg, tile, gpu)
-    found = [replace(tile, blocks=blocks) for blocks in (tile.blocks - 1, tile.blocks + 1)]
-    return [item for item in [other, *found] if item and item.blocks and not illegal(seg, item)]
+    """Tiles of the same cut that hold weights, copies or registers differently."""
+    found = [replace(tile, blocks=blocks) for blocks in (tile.blocks - 1, tile.blocks + 1) if blocks]
+    return flipped(seg, tile, gpu) + [item for item in found if not illegal(seg, item)]
