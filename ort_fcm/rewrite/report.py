@@ -105,8 +105,8 @@ class Report:
         if not self.modules:
             show("There was nothing to fuse.")
         if self.traffic_bytes["before"]:
-            for name, count in (("traffic", self.traffic_bytes), ("memory", self.dram_bytes)):
-                before, after = count["before"] / 1e6, count["after"] / 1e6
+            for name, total in (("traffic", self.traffic_bytes), ("memory", self.dram_bytes)):
+                before, after = total["before"] / 1e6, total["after"] / 1e6
                 show(f"Estimated {name} of these chains: {before:.1f} MB before, {after:.1f} MB after")
             show("Traffic: all global memory accesses. Memory: those that reach it, as L2 serves what is read again.")
         if self.check is not None:

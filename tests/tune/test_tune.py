@@ -254,6 +254,31 @@ def test_the_library_says_what_is_wrong_before_it_measures() -> None:
         library.measure_module(description.replace("stages", "stagse"), (1, 28, 28, 32))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_library_measures(dtype: str) -> None:
+    target = gpu_to_tune_for(None)
+
+    def measured(batch: int) -> float:
+        chain = block(24, 56, batch, dtype)
+        tile = candidates(chain, target, 0, 2, limit=1)[0].tile
+        return library.measure_module(describe(segment(chain, 0, 2), tile, target), (batch, 56, 56, 24))
+
+    one, many = measured(1), measured(128)
+    assert 0.5 < one < many
+    # no less than reading X and R and writing Y takes at four times the speed of memory
+    moved = 3 * 128 * 56 * 56 * 24 * (2 if dtype == "float16" else 4)
+    assert many > moved / (4 * target.memory_gbps * 1e3)
+
+
+@pytest.mark.gpu
+def test_a_tile_too_large_is_refused() -> None:
+    target = gpu_to_tune_for(None)
+    tile = Tile(tile_h=32, tile_w=32, patch_h=4, warps_m=16, chunk=128)
+    with pytest.raises(FcmError, match="is not for this GPU"):
+        library.measure_module(describe(segment(block(), 0, 2), tile, target), (1, 28, 28, 32))
+
+
 # ---- The rewrite -----------------------------------------------------------------------------------------------------
 
 
