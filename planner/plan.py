@@ -315,7 +315,8 @@ def plan_chain(
         if chosen:
             modules.append(chosen)
         else:
-            skips.append(Skip(start, _reason(modules_of(start, start), gpu, objective, alone[start])))
+            around = changes[start : start + 2]
+            skips.append(Skip(start, _reason(modules_of(start, start), gpu, objective, alone[start], around)))
         end, kind = start, before
     return Plan(
         chain=chain,
@@ -329,9 +330,15 @@ def plan_chain(
     )
 
 
-def _reason(fused: Sequence[Module], gpu: Gpu, objective: str, alone: Stock) -> str:
+def _reason(fused: Sequence[Module], gpu: Gpu, objective: str, alone: Stock, changes: Sequence[Stock]) -> str:
     if not fused:
         return f"no tile of this layer fits {gpu.name}"
-    if objective == "traffic":
-        return f"fusion does not pay here: {fused[0].traffic_bytes} bytes fused, {alone.traffic_bytes} bytes stock"
-    return f"fusion does not pay here: {fused[0].time_us:.1f} us fused, {alone.time_us:.1f} us stock"
+    layout = Stock(sum(change.time_us for change in changes), sum(change.traffic_bytes for change in changes))
+
+    def cost(item: Module | Stock) -> str:
+        return f"{item.time_us:.1f} us" if objective == "time" else f"{item.traffic_bytes} bytes"
+
+    module = fused[0]
+    pays = module.time_us <= alone.time_us if objective == "time" else module.traffic_bytes <= alone.traffic_bytes
+    more = f" and up to {cost(layout)} to change the layout around it" if pays else ""
+    return f"fusion does not pay here: {cost(module)} fused{more}, {cost(alone)} stock"

@@ -7,6 +7,7 @@ graph     a read-only view of a graph: producers, users, constants
 activation, match
           find stages (convolution, what folds into it, its activation, its residual) and chains of stages
 plan      ask the planner which chains to fuse, and how
+shuffle   find what only moves channels
 layout    choose which tensors are channels-last
 emit      write the nodes, and the functions they call
 check     compare with the original on the CPU

@@ -21,6 +21,7 @@ from ort_fcm.rewrite.graph import Array, View, captured, label
 from ort_fcm.rewrite.layout import TO_NCHW, TO_NHWC, Step, choose, nhwc
 from ort_fcm.rewrite.match import Stage
 from ort_fcm.rewrite.plan import Segment
+from ort_fcm.rewrite.shuffle import channel_gather
 
 DOMAIN, OP, VERSION = "ort_fcm", "FusedConvModule", 1
 IR_VERSION = 10  # the first with function overloads
@@ -69,12 +70,15 @@ class _Store:
             self.added[key] = numpy_helper.from_array(value, f"{self.prefix}{hint}_{len(self.added)}")
         return self.added[key].name
 
+    def named(self, name: str) -> TensorProto:
+        return next(tensor for tensor in self.added.values() if tensor.name == name)
+
 
 def emit(view: View, segments: list[Segment], functions: Functions, gpu: str) -> list[str]:
     """Put the segments' modules into `view.graph`; returns the names of their nodes."""
     at = {view.producer[segment.stages[-1].output]: number for number, segment in enumerate(segments)}
     store = _Store(f"ort_fcm/{view.graph.name}/")
-    steps = _steps(view, segments, at)
+    steps = _steps(view, segments, at, store)
     ways = choose(view, steps)
     nodes: list[NodeProto] = []
     names = [""] * len(segments)
@@ -96,7 +100,7 @@ def emit(view: View, segments: list[Segment], functions: Functions, gpu: str) ->
     return names
 
 
-def _steps(view: View, segments: list[Segment], at: dict[int, int]) -> list[Step]:
+def _steps(view: View, segments: list[Segment], at: dict[int, int], store: _Store) -> list[Step]:
     """What is left of the graph, in order: modules, and the nodes that something still needs."""
     needed = {value.name for value in view.graph.output}
     steps: list[Step] = []
@@ -107,8 +111,14 @@ def _steps(view: View, segments: list[Segment], at: dict[int, int]) -> list[Step
             steps.append(Step(segment=segment))
         elif not needed.isdisjoint(view.nodes[index].output):
             node = NodeProto()
-            node.CopyFrom(view.nodes[index])
-            node.input[:] = [view.name(name) for name in node.input]
+            if (moved := channel_gather(view, index)) is not None:
+                name = store.constant(moved[1].astype(np.int64), "channels")
+                view.initializers[name] = store.named(name)
+                output = view.nodes[index].output
+                node = helper.make_node("Gather", [moved[0], name], output, name=view.nodes[index].name, axis=1)
+            else:
+                node.CopyFrom(view.nodes[index])
+                node.input[:] = [view.name(name) for name in node.input]
             needed.update([*node.input, *captured(node)])
             steps.append(Step(node=node))
     return steps[::-1]

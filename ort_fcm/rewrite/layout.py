@@ -1,8 +1,9 @@
 """Choose which tensors are channels-last, and rewrite the nodes between modules to match.
 
 A module runs channels-last, and can read or write [N, C, H, W] itself at some cost; elementwise nodes, Concat,
-reductions and some others run in either layout; every other node needs [N, C, H, W]. A tensor whose producer and users
-disagree costs one Transpose. The cheapest choice for the whole graph is a minimum cut between the two layouts.
+reductions and some others run in either layout; every other node needs [N, C, H, W], pools and Resize among them: ONNX
+Runtime's CUDA kernels for these are not channels-last. A tensor whose producer and users disagree costs a Transpose.
+The cheapest choice for the whole graph is a minimum cut between the two layouts.
 
 In `Step`s and here, a tensor's plain name is its [N, C, H, W] form (or whatever the model had), `nhwc(name)` the other.
 """
@@ -138,7 +139,7 @@ def _cost(view: View, tensor: str) -> int:
 def channels_last(view: View, node: NodeProto) -> Flexible | None:
     if node.domain not in ("", "ai.onnx", "com.microsoft"):
         return None
-    for rule in (elementwise, concat, channel_axis, reduction, global_pool, flatten, transpose, shape_of):
+    for rule in (elementwise, concat, channel_axis, cut_out, reduction, global_pool, flatten, transpose, shape_of):
         if (way := rule(view, node)) is not None:
             return way
     return None
@@ -205,6 +206,21 @@ def channel_axis(view: View, node: NodeProto) -> Flexible | None:
         return None
     axis = TO_NHWC.index(attributes(node).get("axis", 0) % 4)
     return Flexible((name, *outputs), lambda store: [_changed(node, [nhwc(name), *node.input[1:]], outputs, axis=axis)])
+
+
+def cut_out(view: View, node: NodeProto) -> Flexible | None:
+    """Slice, with what it needs given as constants."""
+    if node.op_type != "Slice" or len(node.input) < 4:
+        return None
+    name, output, axes = view.name(node.input[0]), node.output[0], view.constant(node.input[3])
+    if view.tensor(name) is not None or axes is None or any(view.rank(n) != 4 for n in (name, output)):
+        return None
+    moved = np.array([TO_NHWC.index(int(axis) % 4) for axis in axes], axes.dtype)
+
+    def build(store: Callable[[Array], str]) -> list[NodeProto]:
+        return [_changed(node, [nhwc(name), *node.input[1:3], store(moved), *node.input[4:]], [output])]
+
+    return Flexible((name, output), build)
 
 
 def reduction(view: View, node: NodeProto) -> Flexible | None:

@@ -64,6 +64,9 @@ def between(net: Net, x: str, y: str) -> dict[str, Callable[[], list[str]]]:
         "row concat": lambda: [net.op("Concat", x, y, axis=-2)],
         "split": lambda: net.op("Split", net.op("Concat", x, y, axis=1), axis=1, outputs=2),
         "gather": lambda: [net.op("Gather", net.op("Add", x, y), net.const([5, 0, 3], np.int64), axis=1)],
+        "slice": lambda: [
+            net.op("Slice", net.op("Add", x, y), *(net.const(v, np.int64) for v in ([1, 0], [7, 9], [1, -2], [2, 1])))
+        ],
         "pool and scale": lambda: [net.op("Mul", x, net.op("Sigmoid", net.op("GlobalAveragePool", y)))],
         "reduce": lambda: [net.op("Mul", x, net.op("ReduceMax", y, axes=[3]))],
     }
@@ -75,7 +78,7 @@ def test_nodes_between_modules(name: str, fuse: Fuse, seed: int) -> None:
     image = net.input(1, 8, 10, 10)
     x, y = (net.op("Tanh", net.depthwise(net.conv(image, 8))) for _ in range(2))
     for z in between(net, x, y)[name]():
-        net.channels[z] = {"channel concat": 16, "gather": 3}.get(name, 8)
+        net.channels[z] = {"channel concat": 16, "gather": 3, "slice": 3}.get(name, 8)
         net.output(net.conv(net.depthwise(z), 8))
     model = net.model()
     result = fuse(model)
@@ -159,3 +162,58 @@ def test_the_cut_is_minimal(seed: int) -> None:
         found = cut.source_side("NHWC", "NCHW")
         best = min(cost(side) for side in itertools.product((0, 1), repeat=count))
         assert cost(tuple(int(v in found) for v in range(count))) == best
+
+
+# Spellings of channel shuffles and splits by parity of x, [n, 12, 6, 6], in `groups` groups.
+def _reshapes(net: Net, x: str, batch: int, *shapes: list[int], perm: list[int]) -> str:
+    first = net.op("Reshape", x, net.const(shapes[0], np.int64))
+    return str(net.op("Reshape", net.op("Transpose", first, perm=perm), net.const(shapes[1], np.int64)))
+
+
+def _by_parity(net: Net, x: str, batch: int) -> list[str]:
+    halves = _reshapes(net, x, batch, [batch * 6, 2, 36], [2, -1, 6, 6, 6], perm=[1, 0, 2])
+    return [net.op("Gather", halves, net.const(i, np.int64), axis=0) for i in (0, 1)]
+
+
+SHUFFLES: dict[str, Callable[[Net, str, int], list[str]]] = {
+    "5-D": lambda net, x, n: [_reshapes(net, x, n, [n, 3, 4, 6, 6], [n, 12, 6, 6], perm=[0, 2, 1, 3, 4])],
+    "any batch": lambda net, x, n: [_reshapes(net, x, n, [-1, 2, 6, 6, 6], [0, -1, 6, 6], perm=[0, 2, 1, 3, 4])],
+    "flat map": lambda net, x, n: [_reshapes(net, x, n, [0, 2, 6, -1], [0, 12, 6, 6], perm=[0, 2, 1, 3])],
+    "by parity": _by_parity,
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, None])
+@pytest.mark.parametrize("name", SHUFFLES)
+def test_channel_shuffles_stay_channels_last(name: str, batch: int | None, fuse: Fuse, seed: int) -> None:
+    if batch is None and name in ("5-D", "by parity"):
+        pytest.skip("this spelling fixes the batch")
+    net = Net(seed=seed)
+    x = net.op("Relu", net.conv(net.input(batch, 8, 6, 6), 12))
+    for y in SHUFFLES[name](net, x, batch or 1):
+        net.channels[y] = 6 if name == "by parity" else 12
+        net.output(net.depthwise(net.op("Softsign", y)))
+    model = net.model()
+    result = fuse(model)
+    done = ops(result.model)
+    assert done["Gather"] == len(net.outputs) and not {"Reshape", "Transpose"} & set(done), done
+    assert all(m["input_layout"] == "NHWC" for m in modules(result.model)[1:])
+    assert_same(model, result.model, seed)
+
+
+def test_what_moves_more_than_channels_is_no_shuffle(fuse: Fuse, seed: int) -> None:
+    for shapes, perm in [
+        (([1, 3, 2, 2, 6, 6], [1, 3, 12, 12]), [0, 1, 4, 2, 5, 3]),  # depth to space
+        (([1, 12, 6, 6], [1, 12, 6, 6]), [0, 1, 3, 2]),  # rows to columns
+        (([1, 12, 6, 6], [1, 12, 6, 6]), [0, 2, 3, 1]),  # [N, H, W, C] taken for [N, C, H, W]
+        (([1, 3, 4, 36], [1, 12, 6, 6]), [0, 1, 3, 2]),
+    ]:
+        net = Net(seed=seed)
+        x = net.op("Relu", net.conv(net.input(1, 8, 6, 6), 12))
+        y = _reshapes(net, x, 1, *shapes, perm=perm)
+        net.channels[y] = shapes[1][1]
+        net.output(net.depthwise(y))
+        model = net.model()
+        result = fuse(model)
+        assert "Gather" not in ops(result.model)
+        assert_same(model, result.model, seed)
