@@ -22,12 +22,11 @@ from ort_fcm.errors import FcmError
 from ort_fcm.library import measure_module
 from ort_fcm.planner import Chain, Gpu, Layer, Module, Plan, PlannerError, Tile, candidates, module_of, plan_chain
 from ort_fcm.planner import gpu as gpu_by_name
-from ort_fcm.planner.chain import ceil_div
 from ort_fcm.planner.cost import Segment, estimate, illegal, segment
 
 LIMIT = 12  # tiles of a segment that are measured first
 RANKED = 400  # of the planner's ranking, that these are chosen from
-FLIPPED = 3  # of them, that are also tried with resident weights, and with another number of stages
+FLIPPED = 3  # of them, that are also tried with weights held the other way
 BRIBE = 1e6  # microseconds that no plan can resist
 REFINED = 2  # the best measured, of which variations are tried
 REFINED_PRIORITY = 0.25  # these come as if they made their module so much slower than estimated
@@ -240,9 +239,9 @@ class _Queue:
             priority = (time_of_plan((first, last)) - least) / best
             for i, module in enumerate(diverse(ranked, LIMIT)):
                 self._add((chain, first, last), seg, module, priority, module.time_us / best - 1)
-                for tile in flipped(seg, module.tile, gpu) if i < FLIPPED else ():
-                    if other := module_of(chain, gpu, first, last, tile):
-                        self._add((chain, first, last), seg, other, priority, module.time_us / best - 1)
+                tile = flipped(seg, module.tile, gpu) if i < FLIPPED else None
+                if tile and (other := module_of(chain, gpu, first, last, tile)):
+                    self._add((chain, first, last), seg, other, priority, module.time_us / best - 1)
 
     def finished(self, job: _Job) -> None:
         """After the last of a segment's first round, variations of its best follow."""
@@ -278,7 +277,7 @@ def resident(seg: Segment, tile: Tile, gpu: Gpu) -> Tile | None:
     """The tile with all weights in shared memory and as many thread blocks as an SM really holds; None where they do
     not fit, or where no thread block would have a second tile to use them for."""
     for blocks in range(2048 // tile.threads, 0, -1):
-        other = replace(tile, resident=1, stages=2, blocks=blocks)
+        other = replace(tile, resident=1, blocks=blocks)
         cost = None if illegal(seg, other) else estimate(seg, other, gpu)
         if cost is None or cost.resident < blocks or cost.grid <= gpu.sms * blocks:
             continue
@@ -287,16 +286,12 @@ def resident(seg: Segment, tile: Tile, gpu: Gpu) -> Tile | None:
     return None
 
 
-def flipped(seg: Segment, tile: Tile, gpu: Gpu) -> list[Tile]:
-    """The tile with weights held the other way, and with copies fetched further ahead or less far."""
-    steps = ceil_div(ceil_div(seg.middle_groups * seg.group, tile.chunk), tile.split)
-    found = [replace(tile, resident=0) if tile.resident else resident(seg, tile, gpu)]
-    if not tile.resident and steps > 2:
-        found.append(replace(tile, stages=5 - tile.stages))
-    return [item for item in found if item and not illegal(seg, item)]
+def flipped(seg: Segment, tile: Tile, gpu: Gpu) -> Tile | None:
+    """The tile with weights held the other way, if it can be."""
+    return replace(tile, resident=0) if tile.resident else resident(seg, tile, gpu)
 
 
 def variations(seg: Segment, tile: Tile, gpu: Gpu) -> list[Tile]:
-    """Tiles of the same cut that hold weights, copies or registers differently."""
+    """Tiles of the same cut that hold weights or registers differently."""
     found = [replace(tile, blocks=blocks) for blocks in (tile.blocks - 1, tile.blocks + 1) if blocks]
-    return flipped(seg, tile, gpu) + [item for item in found if not illegal(seg, item)]
+    return [item for item in [flipped(seg, tile, gpu), *found] if item and not illegal(seg, item)]
