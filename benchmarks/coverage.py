@@ -103,8 +103,8 @@ def page(entries: list[dict[str, Any]], gpu: str) -> str:
             networks=len(entries), gpu=gpu, inside=inside, depthwise=total, share=inside / total,
             excluded=" and ".join(f"`{name}` (int8)" for name in excluded) or "none",
         ),
-        "| network | convolutions | in modules | depthwise | in modules | modules by variant | memory, MB: before, after"
-        " | largest difference |",
+        "| network | convolutions | in modules | depthwise | in modules | modules by variant | memory, MB: before, "
+        "after | largest difference |",
         "|---|---:|---:|---:|---:|---|---:|---:|",
     ]  # fmt: skip
     for e in entries:
@@ -120,8 +120,8 @@ def page(entries: list[dict[str, Any]], gpu: str) -> str:
         "",
         "(1) With `constants=True`: its weights are graph inputs too, and by default nothing is fused.",
         "",
-        "The largest difference is over all outputs, relative to the output's largest magnitude, on structured inputs on"
-        " the CPU provider, with the library or without.",
+        "The largest difference is over all outputs, relative to the output's largest magnitude, on structured inputs "
+        "on the CPU provider, with the library or without.",
         "",
         "Convolutions in no module, by reason:",
         "",
