@@ -146,7 +146,6 @@ class Tile:
     split: int = 1  # thread blocks of a cluster that share the middle channels
     blocks: int = 1  # thread blocks an SM should hold: bounds the registers of a thread
     resident: int = 0  # 1: all weights stay in shared memory, and a thread block works through many tiles
-    stages: int = 2  # buffers of what is copied to shared memory: it is fetched stages - 1 chunks ahead
 
     def __str__(self) -> str:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))

@@ -56,7 +56,6 @@ std::string kernel_source(const Spec& s) {
   set("tile.warps_m", t.warps_m), set("tile.warps_n", t.warps_n), set("tile.block_n", t.block_n);
   set("tile.split", t.split), set("tile.blocks", t.blocks);
   set("tile.resident", t.resident);
-  set("tile.stages", t.stages);
   return out + "  return s;\n}\n\nFCM_MODULE(make_spec)\n";
 }
 

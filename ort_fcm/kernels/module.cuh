@@ -36,15 +36,14 @@ struct Module {
   static constexpr int kPackedRow = padded_out(S) / 8 * kFragment;  // project's weights of a group
 
   static constexpr bool kResident = S.tile.resident;
-  static constexpr int kDistance = S.tile.stages - 1;  // steps from copying to use
   // Whether the next tile's input is fetched while the last chunk of this one is computed.
   static constexpr bool kFetchesAhead = kAhead || (!kFirst && S.depthwise) || kStreams;
 
   // Shared memory: what first reads, two of each buffer, and the weights.
   static constexpr int kStagedAt = first_input_bytes(S);
   static constexpr int kHaloAt = kStagedAt + staged_bytes(S);
-  static constexpr int kExchangeAt = kHaloAt + halo_buffers(S) * halo_bytes(S);
-  static constexpr int kFirstAt = kExchangeAt + exchange_buffers(S) * exchange_bytes(S);
+  static constexpr int kExchangeAt = kHaloAt + 2 * halo_bytes(S);
+  static constexpr int kFirstAt = kExchangeAt + 2 * exchange_bytes(S);
   static constexpr int kDepthwiseAt = kFirstAt + weight_buffers(S) * first_chunk_bytes(S);
   static constexpr int kProjectAt = kDepthwiseAt + weight_buffers(S) * depthwise_chunk_bytes(S);
 
@@ -84,13 +83,11 @@ struct Module {
     if constexpr (packed_groups(S) == middle_groups(S)) return kChunkGroups;
     return min(kChunkGroups, middle_groups(S) - chunk * kChunkGroups);
   }
-  FCM_DEVICE char* halo_buffer(int step) const {
-    return shared + kHaloAt + (unsigned)(phase + step) % halo_buffers(S) * halo_bytes(S);
-  }
+  FCM_DEVICE char* halo_buffer(int step) const { return shared + kHaloAt + ((phase + step) & 1) * halo_bytes(S); }
   FCM_DEVICE char* exchange_buffer(int step) const {
-    return shared + kExchangeAt + (unsigned)(phase + step) % exchange_buffers(S) * exchange_bytes(S);
+    return shared + kExchangeAt + ((phase + step) & 1) * exchange_bytes(S);
   }
-  FCM_DEVICE static int weight_buffer(int step) { return kResident ? step : (unsigned)step % S.tile.stages; }
+  FCM_DEVICE static int weight_buffer(int step) { return kResident ? step : step & 1; }
   FCM_DEVICE char* first_buffer(int step) const {
     return shared + kFirstAt + weight_buffer(step) * first_chunk_bytes(S);
   }
@@ -383,13 +380,18 @@ struct Module {
       for (int side = 0; side < 2; ++side) a[py][side] = L::operand(d[py][side]);
     }
     const char* buffer = project_buffer(step) + gi * (block_n(S) / 8) * kFragment;
-    const int base = L::warp_n() * kWarpGroupsN * kBlocks8;
+    constexpr int kBlocks = block_n(S) / 8;
+    constexpr bool kExact = kBlocks == S.tile.warps_n * kWarpGroupsN * kBlocks8;  // else some warps have fewer
+    // Beside a first stage, a narrow projection spills when all its weights are loaded at once: a branch that is never
+    // taken keeps them apart.
+    constexpr bool kApart = kAhead && S.first == Dense::pointwise && kWarpGroupsN == 1;
+    const int base = S.tile.warps_n > 1 || kApart ? L::warp_n() * kWarpGroupsN * kBlocks8 : 0;
     FCM_UNROLL
     for (int ng = 0; ng < kWarpGroupsN; ++ng) {
       FCM_UNROLL
       for (int j = 0; j < kBlocks8; ++j) {
         const int block8 = base + ng * kBlocks8 + j;
-        if (block8 >= block_n(S) / 8) continue;
+        if ((!kExact || kApart) && block8 >= kBlocks) continue;
         const Vec b = L::template weights<2>(buffer + block8 * kFragment);
         FCM_UNROLL
         for (int py = 0; py < P; ++py) L::template multiply<2>(sums[py][ng][j], a[py][0], a[py][1], b);
@@ -519,12 +521,11 @@ struct Module {
     }
     if constexpr (kAhead > 0) first_to_halo(0);
     for (int step = 0; step < steps + kLag; ++step) {
-      copy_async_wait<kDistance - 1>();
+      copy_async_wait<0>();
       block_sync();
-      const int coming = step + kDistance;
-      if constexpr (!kResident) copy_weights(coming);
-      if (coming < steps) {
-        if constexpr (!kFirst) copy_input(chunk(coming), coming);
+      if constexpr (!kResident) copy_weights(step + 1);
+      if (step + 1 < steps) {
+        if constexpr (!kFirst) copy_input(chunk(step + 1), step + 1);
       } else if (kFetchesAhead && step + 1 == steps && more) {
         fetch_input(next, steps);
       }
@@ -554,15 +555,8 @@ struct Module {
     wait_for_earlier_kernels();
     fetch_input(place, 0);
     copy_async_commit();
-    FCM_UNROLL
-    for (int step = 1; step < kDistance; ++step) {
-      copy_weights(step);
-      if constexpr (!kFirst)
-        if (step < steps) copy_input(chunk(step), step);
-      copy_async_commit();
-    }
     if constexpr (kAhead > 0) {
-      copy_async_wait<kDistance - 1>();
+      copy_async_wait<0>();
       block_sync();
     }
     if constexpr (stages_input(S)) load_first_input(place);

@@ -53,7 +53,6 @@ struct Tile {
   int split = 1;               // thread blocks of a cluster that share the middle channels (sm_90 and later)
   int blocks = 1;              // thread blocks an SM should hold: bounds the registers of a thread
   int resident = 0;            // 1: all weights stay in shared memory, and a thread block works through many tiles
-  int stages = 2;              // buffers of what is copied to shared memory: it is fetched stages - 1 chunks ahead
 };
 
 struct Spec {
@@ -226,14 +225,11 @@ constexpr int reduction_bytes(const Spec& s) {
 constexpr int block_chunks(const Spec& s) {
   return has_project(s) ? ceil_div(chunks(s), s.tile.split) : ceil_div(block_n(s), s.tile.chunk);
 }
-constexpr int weight_buffers(const Spec& s) { return s.tile.resident ? block_chunks(s) : s.tile.stages; }
-constexpr int halo_buffers(const Spec& s) { return s.first == Dense::none ? s.tile.stages : 2; }
-constexpr int exchange_buffers(const Spec& s) { return streams_input(s) ? s.tile.stages : 2; }
-// Everything that is written while something else is read has two buffers or more. The reduction comes after all of it,
+constexpr int weight_buffers(const Spec& s) { return s.tile.resident ? block_chunks(s) : 2; }
+// Everything that is written while something else is read has two buffers. The reduction comes after all of it,
 // in its place, unless there are tiles to follow.
 constexpr int working_bytes(const Spec& s) {
-  return first_input_bytes(s) + staged_bytes(s) + halo_buffers(s) * halo_bytes(s) +
-         exchange_buffers(s) * exchange_bytes(s) +
+  return first_input_bytes(s) + staged_bytes(s) + 2 * (halo_bytes(s) + exchange_bytes(s)) +
          weight_buffers(s) * (first_chunk_bytes(s) + depthwise_chunk_bytes(s) + project_chunk_bytes(s));
 }
 constexpr int reduction_at(const Spec& s) { return s.tile.resident ? working_bytes(s) : 0; }
@@ -310,8 +306,6 @@ constexpr const char* illegal(const Spec& s) {
   if (t.split > 1 && !has_project(s)) return "split needs a project";
   if (t.split > chunks(s)) return "split must not exceed the chunks";
   if (t.resident != 0 && t.resident != 1) return "resident must be 0 or 1";
-  if (t.stages != 2 && t.stages != 3) return "stages must be 2 or 3";
-  if (t.resident && t.stages != 2) return "resident needs 2 stages";
   if (t.blocks < 1 || t.blocks * threads(s) > 2048) return "blocks times threads must fit an SM";
   if (has_project(s) && t.patch_h * warp_groups_n(s) * group(s.type) / 2 > 168)
     return "accumulators do not fit the registers";

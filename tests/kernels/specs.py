@@ -95,7 +95,6 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     tile = {"tile_h": tile_h, "tile_w": tile_w, "images": images, "patch_h": patch_h, "chunk": chunk}
     tile |= {"warps_m": warps_m, "warps_n": warps_n, "block_n": block_n, "split": split}
     tile["resident"] = rng.choice((0, 1))
-    tile["stages"] = rng.choice((2, 3)) if not tile["resident"] else 2
     fields |= {f"tile.{key}": str(value) for key, value in tile.items()}
     if min(_out(fields, height, side=0), _out(fields, width, side=1)) < 1:  # the windows leave nothing
         return draw(rng, chain, type_, activation)
