@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-$python -m benchmarks.sanitize --prepare
+$python -m benchmarks.sanitize --prepare "$@"
 for tool in memcheck racecheck; do
     echo "== $tool"
     compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m benchmarks.sanitize "$@"
