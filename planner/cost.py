@@ -378,6 +378,8 @@ def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
         phase = max(phase, depthwise)
     if seg.project and seg.element == 4:
         phase += 16  # operands rounded to TF32
+    if seg.stages == "conv" and seg.element == 2:  # the compiler gathers the operands of all products at once
+        phase += 72 * tile.patch_h - 50
     held = _first_tiles(seg, tile) * seg.first_steps * 3 if seg.first and _first_in_registers(seg, tile) else 0
     return priors.base_registers + sums + held + phase
 
