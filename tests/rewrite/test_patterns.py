@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import helper
+from onnx import TensorProto, helper
 
+from ort_fcm import library_path
 from tests.rewrite.networks import Net, assert_same
 
 Fuse = Callable[..., Any]
@@ -410,3 +411,17 @@ def test_a_rewritten_model_is_refused(fuse: Fuse, seed: int) -> None:
     net.output(net.depthwise(net.input(1, 8, 9, 9)))
     with pytest.raises(FcmError, match="rewritten already"):
         fuse(fuse(net.model()).model)
+
+
+def test_mixed_precision(fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    x = net.op("Relu", net.conv(net.input(1, 8, 12, 12), 16))
+    x, net.dtype = net.op("Cast", x, to=TensorProto.FLOAT16), np.dtype(np.float16)
+    x = net.conv(net.op("Relu", net.depthwise(x)), 24)
+    x, net.dtype = net.op("Cast", net.op("Tanh", x), to=TensorProto.FLOAT), np.dtype(np.float32)
+    net.output(net.conv(net.depthwise(x), 8))
+    model = net.model()
+    result = fuse(model)
+    assert [module.stages for module in result.report.modules] == ["pw", "dw-pw", "dw-pw"]
+    assert_same(model, result.model, seed)
+    assert_same(model, result.model, seed, tolerance=4e-3, library=library_path())
