@@ -25,6 +25,7 @@ from ort_fcm.compare import compare
 from ort_fcm.rewrite.graph import attributes, label
 from ort_fcm.rewrite.load import load
 from ort_fcm.rewrite.match import CONVOLUTIONS
+from ort_fcm.rewrite.report import without_names
 from ort_fcm.rewrite.shapes import infer
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +52,7 @@ def depthwise(model: onnx.ModelProto) -> set[str]:
 
 def kind(reason: str) -> str:
     """A reason without what is of one convolution only: names and times."""
-    return re.sub(r"('[^']*' )|(: [\d.]+ us .*)|( over \d+ channels)", "", reason)
+    return re.sub(r"(: [\d.]+ us .*)|( over \d+ channels)", "", without_names(reason))
 
 
 def measure(path: Path, gpu: str) -> dict[str, Any]:

@@ -101,11 +101,13 @@ def _check(original: onnx.ModelProto, result: onnx.ModelProto, converted: bool) 
     as a plain conversion does, and half as much again.
     """
     found = compare(original, result)
-    failed = [item for item in found.outputs if not item.passed]
+    failed, note = [item for item in found.outputs if not item.passed], ""
     if failed and converted:
         plain = onnx.ModelProto()
         plain.CopyFrom(original)
         allowed = {item.name: item.norm_error for item in compare(original, to_float16(plain)).outputs}
+        names = ", ".join(f"'{item.name}'" for item in failed)
+        note = f"on these inputs, float16 alone costs output {names} as much: the network is sensitive to it"
         failed = [item for item in failed if item.norm_error > min(1.5 * allowed[item.name], MOST_NORM_ERROR)]
     if failed:
         worst = max(failed, key=lambda item: item.max_rel_error)
@@ -115,7 +117,7 @@ def _check(original: onnx.ModelProto, result: onnx.ModelProto, converted: bool) 
             exit_code=1,
         )
     constant = [item.name for item in found.outputs if item.constant]
-    return CheckReport(found.max_abs_error, found.max_rel_error, True, constant)
+    return CheckReport(found.max_abs_error, found.max_rel_error, True, constant, note)
 
 
 def choose_gpu(name: str | None) -> tuple[Gpu, bool]:

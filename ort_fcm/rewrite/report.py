@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+
+def without_names(reason: str) -> str:
+    """The reason without the tensor that it names, to count alike ones."""
+    return re.sub(r"'[^']*' is", "it is", reason)
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,14 @@ class Skipped:
 @dataclass(frozen=True)
 class CheckReport:
     """Largest differences over all outputs; relative ones to the largest magnitude of the output. constant_outputs:
-    those that had one value only on the inputs tried, so that the check says little of them."""
+    those that had one value only on the inputs tried, so that the check says little of them. note: why a large error
+    passed."""
 
     max_abs_error: float
     max_rel_error: float
     passed: bool
     constant_outputs: list[str] = field(default_factory=list)
+    note: str = ""
 
 
 @dataclass
@@ -95,7 +103,7 @@ class Report:
             show(table)
         if self.skipped:
             table = Table("convolutions left alone", "reason")
-            for reason, count in Counter(item.reason for item in self.skipped).most_common():
+            for reason, count in Counter(without_names(item.reason) for item in self.skipped).most_common():
                 table.add_row(str(count), escape(reason))
             show(table)
         show(
@@ -114,6 +122,7 @@ class Report:
             show(
                 f"Check against the original: largest error {self.check.max_abs_error:.3g} absolute, "
                 f"{self.check.max_rel_error:.3g} relative: {word}"
+                + (f" ({escape(self.check.note)})" if self.check.note else "")
             )
             for name in self.check.constant_outputs:
                 show(f"Output '{escape(name)}' was constant on the inputs tried")

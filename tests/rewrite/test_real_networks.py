@@ -56,3 +56,9 @@ def test_overridable_constants_are_left_alone() -> None:
     path = MODELS / "ultraface_rfb320.onnx"
     result = rewrite(path, gpu="H200")
     assert result.model == onnx.load(path) and len(result.report.skipped) == result.report.convolutions
+
+
+def test_float16_of_a_sensitive_network_says_so() -> None:
+    check = rewrite(MODELS / "yolox_nano.onnx", gpu="H200", float16=True).report.check
+    assert check is not None and check.passed and check.max_rel_error > 0.1
+    assert "float16 alone costs output 'output' as much" in check.note
