@@ -1,16 +1,15 @@
 """Fits the constants of the planner's time model to timed tiles, and says how well its choices do.
 
-    python -m benchmarks.calibrate TIMINGS.jsonl... [--gpu H200] [--fit-batch 128]
+    python -m benchmarks.calibrate benchmarks/results/tiles_h200.jsonl.xz... [--gpu H200] [--fit-batch 128]
 
-Each line of a file is one tile: B images, H rows and columns of X, `spec` (the fields of fcm::Spec), `us` microseconds,
-`occ` thread blocks that an SM held. The fit takes residency from there; the figures that follow use the planner's own.
+The lines of the files are those of benchmarks/timings.py. The fit takes residency from there; the figures that follow
+use the planner's own.
 With --fit-batch, only problems of that batch are fitted, and the others are reported apart: does it generalise?
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -19,8 +18,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.timings import read
 from planner import Chain, Gpu, Layer, Tile, gpu
-from planner.cost import FITTED, PRIORS, Priors, Segment, Work, estimate, joined, registers, segment, times, work
+from planner.cost import (
+    FITTED,
+    MAX_SPILLED,
+    PRIORS,
+    Priors,
+    Segment,
+    Work,
+    estimate,
+    joined,
+    registers,
+    segment,
+    times,
+    work,
+)
 
 KINDS = ("", "pw", "conv")  # by fcm::Dense
 KERNEL_ACTIVATIONS = (
@@ -42,7 +55,12 @@ class Timing:
 class Problem:
     name: str
     seg: Segment
-    timings: list[Timing]
+    timings: dict[Tile, Timing]  # the last of each tile
+
+
+def best(problem: Problem) -> float:
+    """Microseconds of its best tile."""
+    return min(t.us for t in problem.timings.values())
 
 
 def chain(row: dict[str, Any]) -> Chain:
@@ -67,16 +85,16 @@ def chain(row: dict[str, Any]) -> Chain:
         layers.append(layer("dw", "depthwise", spec["c_mid"], spec["c_mid"]))
     if spec["project"]:
         layers.append(layer(KINDS[spec["project"]], "project", spec["c_mid"], spec["c_out"]))
-    return Chain(tuple(layers), row["B"], row["H"], row["H"], "float16" if spec["type"] == 0 else "float32")
+    width = row.get("W", row["H"])
+    return Chain(tuple(layers), row["B"], row["H"], width, "float16" if spec["type"] == 0 else "float32")
 
 
 def problems(files: Iterable[Path], card: Gpu) -> list[Problem]:
-    """Every distinct module of the files with its timings; those that start with a dense convolution are left out."""
+    """Every distinct module of the files with its timings; the last timing of a tile counts."""
     found: dict[Chain, Problem] = {}
-    for line in (line for file in files for line in file.read_text().splitlines()):
-        row = json.loads(line)
+    for row in (row for file in files for row in read(file)):
         spec = row["spec"]
-        if not row.get("us") or spec["first"] == 2:
+        if not row.get("us"):
             continue
         key = chain(row)
         if key not in found:
@@ -84,13 +102,12 @@ def problems(files: Iterable[Path], card: Gpu) -> list[Problem]:
             assert seg
             name = "-".join(str(n) for n in [key.layers[0].in_channels] + [part.out_channels for part in key.layers])
             strides = max(part.stride[0] for part in key.layers)
-            found[key] = Problem(f"{row['B']}x {seg.stages} {name}@{row['H']} s{strides}", seg, [])
+            found[key] = Problem(f"{row['B']}x {seg.stages} {name}@{row['H']} s{strides}", seg, {})
         known = found[key]
         tile = Tile(**{name[5:]: value for name, value in spec.items() if name.startswith("tile.")})
-        if not tile.resident:
-            bound = card.registers_per_sm // (tile.blocks * tile.threads) // 8 * 8
-            missing = max(0, registers(known.seg, tile) - bound)
-            known.timings.append(Timing(tile, work(known.seg, tile), row["occ"], missing, row["us"]))
+        bound = card.registers_per_sm // (tile.blocks * tile.threads) // 8 * 8
+        missing = max(0, registers(known.seg, tile) - bound)
+        known.timings[tile] = Timing(tile, work(known.seg, tile, card.sms), row["occ"], missing, row["us"])
     return list(found.values())
 
 
@@ -100,7 +117,7 @@ Vector = NDArray[np.float64]
 def fit(chosen: list[Problem], card: Gpu, priors: Priors, steps: int = 40) -> Priors:
     """Levenberg-Marquardt on the logarithms of the constants; the residuals are logarithms of time, and count by how
     near a tile is to its problem's best."""
-    rows = [(p.seg, t, min(o.us for o in p.timings) / t.us) for p in chosen for t in p.timings]
+    rows = [(p.seg, t, best(p) / t.us) for p in chosen for t in p.timings.values()]
     measured = np.log([t.us for _, t, _ in rows])
     weight = np.array([w for _, _, w in rows])
     stay = 1e-3 * np.sqrt(float(np.sum(weight**2)))  # keeps what the data do not tell near where it was
@@ -111,7 +128,10 @@ def fit(chosen: list[Problem], card: Gpu, priors: Priors, steps: int = 40) -> Pr
 
     def residuals(x: Vector) -> Vector:
         now = priors_of(x)
-        told = [joined(times(seg, t.work, card, t.blocks, t.missing, now), now) for seg, t, _ in rows]
+        told = [
+            joined(times(seg, t.work, card, t.blocks, t.missing, bool(t.tile.resident), now), t.blocks, now)
+            for seg, t, _ in rows
+        ]
         return np.concatenate([weight * (np.log(told) - measured), stay * (x - start)])
 
     start = np.log([getattr(priors, name) for name in FITTED])
@@ -145,14 +165,13 @@ def report(title: str, chosen: list[Problem], card: Gpu, priors: Priors, each: b
     """Prints rank correlation, the pick's measured time over the best's, and its estimate over its measurement."""
     figures = []
     for p in chosen:
-        best = min(t.us for t in p.timings)
-        told = [(estimate(p.seg, t.tile, card, priors), t.us) for t in p.timings]
-        known = np.array([(e.time_us, us) for e, us in told if e])
+        told = [(estimate(p.seg, t.tile, card, priors), t.us) for t in p.timings.values()]
+        known = np.array([(e.time_us, us) for e, us in told if e and e.spilled <= MAX_SPILLED])
         if len(known) < 10:
             continue
         rank = float(np.corrcoef(ranks(known[:, 0]), ranks(known[:, 1]))[0, 1])
         pick = known[np.argmin(known[:, 0])]
-        figures.append((rank, pick[1] / best, pick[0] / pick[1]))
+        figures.append((rank, pick[1] / best(p), pick[0] / pick[1]))
         if each:
             print(f"{p.name:36} tiles {len(known):3} rank correlation {rank:.2f} pick/best {figures[-1][1]:.2f} "
                   f"estimate/measured {figures[-1][2]:.2f}")  # fmt: skip

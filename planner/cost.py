@@ -25,20 +25,26 @@ class Priors:
     l2_bytes_per_clock: float = 23.5  # L2 bytes that one SM takes in a clock
     tensor_share: float = 1.0  # of the rate of mma.sync
     plain_share: float = 0.65  # of an SM's multiply-adds that products reach where there are no tensor cores
-    overlap: float = 2.0  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
-    copy_instructions: float = 47.0  # a warp's 512 bytes of asynchronous copies: addresses, predicates, waits
-    gather_instructions: float = 340.0  # a 16-pixel tile of `first`: its places, and loading its input
-    store_instructions: float = 17.0  # a register of the output: bias, address, store
-    spill: float = 0.016  # more instructions, for each register that `blocks` takes from a thread
-    clocks_per_instruction: float = 1.1  # of one warp alone
-    load_clocks: float = 10.8  # the same, of a vector from shared memory, beyond its instruction
-    product_clocks: float = 6.1  # the same, of a tensor-core product
-    step_clocks: float = 690.0  # of a chunk step: its barrier, and the copies' latency that is not hidden
-    block_clocks: float = 2500.0  # of a thread block: its first loads, its last stores
-    split_clocks: float = 3200.0  # of a cluster: its barriers and the partial sums through distributed shared memory
-    tail_rounds: float = 0.18  # rounds lost where thread blocks do not all fit the GPU at once
+    overlap: float = 2.19  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
+    alone: float = 0.434  # of that norm lost where an SM holds one thread block, half of it where it holds two
+    copy_instructions: float = 43.3  # a warp's 512 bytes of asynchronous copies of X: addresses, predicates, waits
+    weight_copy_instructions: float = 23.6  # the same, of weights
+    gather_instructions: float = 364.0  # a 16-pixel tile of `first`: its places, and loading its input
+    store_instructions: float = 14.0  # a register of the output: bias, address, store
+    spill: float = 0.0872  # more instructions where `blocks` takes 16 registers from a thread; grows as the square
+    clocks_per_instruction: float = 1.4  # of one warp alone
+    load_clocks: float = 0.356  # the same, of a vector from shared memory, beyond its instruction
+    product_clocks: float = 11.7  # the same, of a tensor-core product
+    step_clocks: float = 774.0  # of a chunk step: its barrier, and the copies' latency that is not hidden
+    resident_step_clocks: float = 279.0  # the same, where weights are resident
+    block_clocks: float = 2450.0  # of a thread block: its first loads, its last stores
+    stream_step_clocks: float = 994.0  # the same, of a lone pointwise: a product alone hides little of X's latency
+    turn_clocks: float = 84.8  # of every tile of a resident thread block: what of that is not overlapped
+    split_clocks: float = 3090.0  # of a cluster: its barriers and the partial sums through distributed shared memory
+    tail_rounds: float = 0.00899  # rounds lost where thread blocks do not all fit the GPU at once
     launch_us: float = 1.2  # of a kernel in a captured graph
     base_registers: int = 52  # addresses, counters, pipeline state
+    resident_registers: int = 24  # of a thread with resident weights: the next tile's places
     spare_registers: int = 16  # kept free below every bound, so that none spill
     # stock: separate NCHW kernels
     stock_conv_us: float = 5.0  # of a convolution kernel, however small
@@ -51,9 +57,9 @@ class Priors:
 
 PRIORS = Priors()
 FITTED = (
-    "l2_bytes_per_clock", "copy_instructions", "gather_instructions", "store_instructions", "spill",
-    "clocks_per_instruction", "load_clocks", "product_clocks", "step_clocks", "block_clocks", "split_clocks",
-    "tail_rounds",
+    "overlap", "alone", "l2_bytes_per_clock", "copy_instructions", "weight_copy_instructions", "gather_instructions", "store_instructions", "spill",
+    "clocks_per_instruction", "load_clocks", "product_clocks", "step_clocks", "resident_step_clocks", "block_clocks",
+    "stream_step_clocks", "turn_clocks", "split_clocks", "tail_rounds",
 )  # fmt: skip
 
 # By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
@@ -67,6 +73,7 @@ _ACTIVATION = {"none": 0, "relu": 1, "clip": 2, "hardswish": 4, "hardsigmoid": 3
 
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
+MAX_SPILLED = 40  # registers that `blocks` may take from a thread: the estimate is too high where it matters
 
 
 @dataclass(frozen=True)
@@ -272,8 +279,8 @@ def illegal(seg: Segment, tile: Tile) -> str:
         return f"chunk and block_n must be multiples of a group of {group} channels"
     if t.patch_h not in (1, 2, 4) or t.split not in (1, 2, 4, 8):
         return "patch_h must be 1, 2 or 4 and split 1, 2, 4 or 8"
-    if t.resident not in (0, 1) or (t.resident and t.split > 1):
-        return "resident must be 0 or 1, and excludes split"
+    if t.resident not in (0, 1):
+        return "resident must be 0 or 1"
     if t.warps_m * t.warps_n > 16 or t.blocks * t.threads > 2048:
         return "a thread block has at most 16 warps, and blocks times threads at most 2048"
     if seg.depthwise:
@@ -353,7 +360,8 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
             planes += t.warps_m * groups * t.patch_h * 2 * fragment
     reduction = warps * t.patch_h * _warp_groups_n(seg, t) * (seg.group // 8) * fragment if t.split > 1 else 0
     buffers = _steps(seg, t) if t.resident else 2  # of weights: all, or two of what a chunk step replaces
-    return max(once + 2 * planes + buffers * weights, reduction)
+    working = once + 2 * planes + buffers * weights
+    return working + reduction if t.resident else max(working, reduction)  # tiles that follow need the working buffers
 
 
 def _steps(seg: Segment, tile: Tile) -> int:
@@ -366,14 +374,15 @@ def _steps(seg: Segment, tile: Tile) -> int:
 
 def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
     """Registers of a thread, estimated: accumulators, `first`'s fragments, and the hungrier of the phases."""
-    phase = 24  # fragments and sums of a tensor-core product
+    phase = 16 + 8 * tile.patch_h  # fragments of a tensor-core product
     sums = accumulators(seg, tile)
     if seg.depthwise:
         pixels = 6 * max(seg.depthwise.stride)
         if not seg.project:  # stores follow at once, and the next pixels' loads before them
             pixels = max(pixels, 12)
         depthwise = 4 * min(seg.depthwise.taps, 9) + pixels * tile.patch_h + 4
-        if not seg.first and seg.middle_groups <= tile.chunk // seg.group:  # one chunk: sums begin when it has ended
+        if not seg.first and not tile.resident and seg.middle_groups <= tile.chunk // seg.group:
+            # One chunk: sums begin when it has ended.
             sums = max(0, sums - depthwise)
         phase = max(phase, depthwise)
     if seg.project and seg.element == 4:
@@ -381,7 +390,7 @@ def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
     if seg.stages == "conv" and seg.element == 2:  # the compiler gathers the operands of all products at once
         phase += 72 * tile.patch_h - 50
     held = _first_tiles(seg, tile) * seg.first_steps * 3 if seg.first and _first_in_registers(seg, tile) else 0
-    return priors.base_registers + sums + held + phase
+    return priors.base_registers + sums + held + phase + (priors.resident_registers if tile.resident else 0)
 
 
 def resident(seg: Segment, tile: Tile, gpu: Gpu, shared: int, regs: int) -> int:
@@ -390,7 +399,7 @@ def resident(seg: Segment, tile: Tile, gpu: Gpu, shared: int, regs: int) -> int:
         return 0
     return min(
         gpu.shared_per_sm // (shared + 1024),  # the system takes 1024 bytes a block
-        gpu.registers_per_sm // (round_up(regs, 8) * tile.threads),
+        4 * (gpu.registers_per_sm // (4 * 32 * round_up(regs, 8))) // (tile.threads // 32),  # each quarter has its own
         gpu.max_threads_per_sm // tile.threads,
         gpu.max_blocks_per_sm,
     )
@@ -404,7 +413,8 @@ class Estimate(NamedTuple):
     traffic_bytes: int  # between the SMs and L2: the paper's global memory accesses
     dram_bytes: int  # from and to device memory, L2 cold at the start
     shared_bytes: int
-    registers: int
+    registers: int  # of a thread
+    spilled: int  # registers that `blocks` takes from it
     resident: int  # thread blocks an SM holds at once
     grid: int  # thread blocks
     recompute: float  # multiply-adds done over multiply-adds needed; 1: nothing is computed twice
@@ -433,23 +443,28 @@ def memory_us(gpu: Gpu, dram: float, traffic: float, priors: Priors) -> tuple[fl
 class Work(NamedTuple):
     """What a segment with a tile does, on any GPU. Counts of a step are one warp's, warp-wide operations."""
 
+    pieces: int  # tiles, for each channel block and split
     grid: int  # thread blocks
+    turns: int  # tiles that a thread block works through, at most
+    busy: int  # thread blocks of the busiest SM
     warps: int  # of a thread block
-    steps: int  # chunks a thread block walks over
+    steps: int  # chunks of a tile that a thread block walks over
     split: int
-    traffic: int  # bytes between the SMs and L2
+    moved: int  # bytes between the SMs and L2, weights apart
+    weights: int  # the same, of weights
     dram: int  # bytes
     products: float  # a step's tensor-core products
     values: float  # a step's plain instructions on values: the depthwise, activations
     loads: float  # a step's vectors from shared memory, 512 bytes
     stores: float  # a step's vectors to shared memory
-    copies: float  # a step's asynchronous copies, 512 bytes
-    tiles: int  # 16-pixel tiles of `first` that a warp prepares, once
-    ends: float  # registers of output that a warp finishes and stores, once
+    copies: float  # a step's asynchronous copies of X, 512 bytes
+    weight_copies: float  # the same, of weights
+    tiles: int  # 16-pixel tiles of `first` that a warp prepares, once a tile
+    ends: float  # registers of output that a warp finishes and stores, once a tile
     recompute: float
 
 
-def work(seg: Segment, tile: Tile) -> Work:
+def work(seg: Segment, tile: Tile, sms: int) -> Work:
     """The symbols are those of docs/planner.md."""
     t, layer = tile, seg.depthwise
     # Geometry: S spatial tiles, B channel blocks, pixels read.
@@ -475,24 +490,23 @@ def work(seg: Segment, tile: Tile) -> Work:
             c = min(seg.width, (c - 1) * dense.stride[1] + dense.reach[1])
             x_pixels = max(spatial * r * c, seg.input_elements // seg.c_in)
     steps = _steps(seg, t)
+    apart = blocks_n * t.split  # thread blocks of a spatial tile
+    spatial_blocks, busy = spatial, ceil_div(spatial * apart, sms)
+    if t.resident:
+        spatial_blocks = min(spatial, max(1, sms * t.blocks // apart))
+        busy = min(busy, max(t.blocks, ceil_div(apart, sms)))
 
     # Traffic between the SMs and L2. Without a `first`, split thread blocks and the channel blocks of a lone depthwise
     # read different channels of X.
     x_reads = (t.split if seg.first else 1) * (blocks_n if seg.project or seg.first else 1)
     recomputed = blocks_n if seg.project else 1
-    traffic = x_reads * x_pixels * seg.c_in
-    if seg.first:
-        traffic += spatial * recomputed * seg.first.weights
-    if layer:
-        traffic += spatial * recomputed * layer.weights
-    if seg.project:
-        traffic += spatial * seg.project.weights
-    traffic += out_pixels * seg.c_out * (2 if seg.residual else 1)
+    moved = x_reads * x_pixels * seg.c_in + out_pixels * seg.c_out * (2 if seg.residual else 1)
+    fetched = sum(part.weights * (1 if part is seg.project else recomputed) for part in seg.layers)
 
     # Work of a warp in a chunk step.
     pack = 2 if e == 2 else 1
     products = values = loads = stores = 0.0
-    copied = 0  # bytes that cp.async brings in a step, whole thread block
+    copied = copied_weights = 0  # bytes that cp.async brings in a step, whole thread block
     tiles = _first_tiles(seg, t) if seg.first else 0
     if seg.first:
         weights = groups * group // 8 * seg.first_steps * 256
@@ -503,21 +517,21 @@ def work(seg: Segment, tile: Tile) -> Work:
         values += tiles * 16 * groups * group / pack / 32 * (2 + _ACTIVATION[seg.first.activation])
         if layer:
             stores += tiles * 2 * groups
-        copied += weights
+        copied_weights += weights
     if layer:
         vectors = min((t.patch_h - 1) * layer.stride[0] + layer.reach[0], t.patch_h * layer.kernel[0])
         vectors *= min(layer.stride[1] + layer.reach[1], 2 * layer.kernel[1])
         own = groups / t.warps_n  # warps_n share the groups
         values += own * t.patch_h * 8 * (layer.taps + 1 + _ACTIVATION[layer.activation])
         loads += own * (vectors + layer.taps)
-        copied += groups * layer.taps * 64
+        copied_weights += groups * layer.taps * 64
         if not seg.first:
             copied += groups * halo_pixels * 64
     if seg.project:
         weights = groups * (channels // 8) * 512
         products += groups * 2 * t.patch_h * _warp_groups_n(seg, t) * (group // 8)
         loads += weights / t.warps_n / 512
-        copied += weights
+        copied_weights += weights
         if seg.streams or t.warps_n > 1:
             passed = groups * t.patch_h * 2
             loads += passed
@@ -541,42 +555,54 @@ def work(seg: Segment, tile: Tile) -> Work:
     if seg.project:
         done += out_pixels * seg.project.weights
     return Work(
-        spatial * blocks_n * t.split, warps, steps, t.split, e * traffic, seg.compulsory_bytes, products, values, loads,
-        stores, copied / 512 / warps, tiles, ends, max(1.0, done / seg.multiply_adds),
+        spatial * apart, spatial_blocks * apart, ceil_div(spatial, spatial_blocks), busy, warps, steps, t.split,
+        e * moved, e * spatial_blocks * fetched, seg.compulsory_bytes, products, values, loads, stores,
+        copied / 512 / warps, copied_weights / 512 / warps, tiles, ends, max(1.0, done / seg.multiply_adds),
     )  # fmt: skip
 
 
-def times(seg: Segment, w: Work, gpu: Gpu, blocks: int, missing: int, priors: Priors = PRIORS) -> dict[str, float]:
+def times(
+    seg: Segment, w: Work, gpu: Gpu, blocks: int, missing: int, keeps: bool, priors: Priors = PRIORS
+) -> dict[str, float]:
     """Microseconds of each resource, where an SM holds `blocks` thread blocks, of which each thread has `missing`
-    registers less than it needs."""
+    registers less than it needs, and which keep their weights or not."""
     per_clock, per_us, on_tensor = _tensor_rates(seg, gpu, priors)
-    busy = ceil_div(w.grid, gpu.sms)  # thread blocks of the busiest SM
-    rounds = busy / blocks + priors.tail_rounds if busy > blocks else 1.0
+    rounds = w.busy / blocks + priors.tail_rounds if w.busy > blocks else 1.0
     mhz = gpu.clock_mhz
-    plain = w.values + w.loads + w.stores + priors.copy_instructions * w.copies
-    plain *= 1 + priors.spill * missing
-    once = priors.gather_instructions * w.tiles + priors.store_instructions * w.ends
-    issued = w.steps * (plain + w.products * (1 if on_tensor else 33)) + once
-    latency = w.steps * (priors.step_clocks + w.loads * priors.load_clocks + w.products * priors.product_clocks)
-    latency += priors.block_clocks + (w.steps * plain + once) * priors.clocks_per_instruction
+    slower = 1 + priors.spill * (missing / 16) ** 2
+    plain = slower * (w.values + w.loads + w.stores + priors.copy_instructions * w.copies)
+    fetch = slower * w.steps * priors.weight_copy_instructions * w.weight_copies  # once in a thread block
+    tile = w.steps * plain + priors.gather_instructions * w.tiles + priors.store_instructions * w.ends
+    issued = w.turns * (tile + w.steps * w.products * (1 if on_tensor else 33)) + fetch
+    step = w.loads * priors.load_clocks + w.products * priors.product_clocks
+    if seg.streams:
+        step += priors.stream_step_clocks
+    else:
+        step += priors.resident_step_clocks if keeps else priors.step_clocks
+    turn = w.steps * step + tile * priors.clocks_per_instruction + (priors.turn_clocks if keeps else 0)
+    latency = priors.block_clocks + fetch * priors.clocks_per_instruction + w.turns * turn
     if w.split > 1:
-        latency += priors.split_clocks
+        latency += w.turns * priors.split_clocks
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps
     macs = 2048 if seg.element == 2 else 1024
-    dram_us, l2_us = memory_us(gpu, w.dram, w.traffic, priors)
+    # What resident thread blocks fetch once is left out: more SMs fetch more of it, and are no slower.
+    dram_us, l2_us = memory_us(gpu, w.dram, w.moved + (0 if keeps else w.weights), priors)
+    sm_bytes = w.busy * (w.turns * w.moved / w.pieces + w.weights / w.grid)
+    vectors = w.turns * (w.loads + w.stores + w.copies) + w.weight_copies
     return {
         "dram": dram_us,
-        "l2": max(l2_us, busy * (w.traffic / w.grid) / priors.l2_bytes_per_clock / mhz),
-        "tensor": w.warps * w.steps * w.products * max(busy / per_clock / mhz, w.grid * macs / per_us),
-        "instructions": busy * issuing * issued / 4 / mhz,  # an SM issues 4 a clock
-        "shared": busy * w.warps * w.steps * 4 * (w.loads + w.stores + w.copies) / mhz,  # 4 wavefronts a vector
+        "l2": max(l2_us, sm_bytes / priors.l2_bytes_per_clock / mhz),
+        "tensor": w.warps * w.steps * w.products * max(w.busy * w.turns / per_clock / mhz, w.pieces * macs / per_us),
+        "instructions": w.busy * issuing * issued / 4 / mhz,  # an SM issues 4 a clock
+        "shared": w.busy * w.warps * w.steps * 4 * vectors / mhz,  # 4 wavefronts a vector
         "latency": rounds * latency / mhz,
     }
 
 
-def joined(parts: dict[str, float], priors: Priors = PRIORS) -> float:
-    """Microseconds of a module whose resources take `parts`."""
-    total: float = sum(value**priors.overlap for value in parts.values()) ** (1 / priors.overlap)
+def joined(parts: dict[str, float], blocks: int, priors: Priors = PRIORS) -> float:
+    """Microseconds of a module whose resources take `parts`, where an SM can hold `blocks` thread blocks."""
+    norm = max(1.0, priors.overlap - priors.alone / blocks)
+    total: float = sum(value**norm for value in parts.values()) ** (1 / norm)
     return priors.launch_us + total
 
 
@@ -587,18 +613,20 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     shared, regs = shared_bytes(seg, tile), registers(seg, tile, priors)
     if regs + priors.spare_registers > MAX_REGISTERS:
         return None
-    bound = gpu.registers_per_sm // (tile.blocks * tile.threads) // 8 * 8  # `blocks` may leave a thread less
-    blocks = resident(seg, tile, gpu, shared, min(regs, bound))
+    warps = ceil_div(tile.blocks * tile.threads // 32, 4)  # of one of the SM's quarters
+    bound = min(MAX_REGISTERS, gpu.registers_per_sm // (4 * 32 * warps) // 8 * 8)
+    blocks = resident(seg, tile, gpu, shared, min(regs + priors.spare_registers, bound))
     if not blocks:
         return None
-    done = work(seg, tile)
-    parts = times(seg, done, gpu, blocks, max(0, regs - bound), priors)
+    done = work(seg, tile, gpu.sms)
+    parts = times(seg, done, gpu, blocks, max(0, regs - bound), bool(tile.resident), priors)
     return Estimate(
-        time_us=joined(parts, priors),
-        traffic_bytes=done.traffic,
+        time_us=joined(parts, blocks, priors),
+        traffic_bytes=done.moved + done.weights,
         dram_bytes=done.dram,
         shared_bytes=shared,
-        registers=regs,
+        registers=min(regs, bound),
+        spilled=max(0, regs - bound),
         resident=blocks,
         grid=done.grid,
         recompute=done.recompute,

@@ -9,6 +9,8 @@ from typing import Any
 
 from .chain import Chain, Layer, PlannerError, Tile, ceil_div, round_up
 from .cost import (
+    MAX_REGISTERS,
+    MAX_SPILLED,
     PRIORS,
     Estimate,
     Priors,
@@ -17,8 +19,10 @@ from .cost import (
     estimate,
     illegal,
     layout_change,
+    registers,
     resident,
     segment,
+    shared_bytes,
     stock,
     tiling,
 )
@@ -198,17 +202,40 @@ def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) 
         if not found:
             costs = ((tile, estimate(seg, tile, gpu, priors)) for tile in _tiles(seg, gpu, least_filled))
             found = [(tile, cost) for tile, cost in costs if cost]
-    if objective == "traffic":
-        found.sort(key=lambda item: (item[1].traffic_bytes, item[1].time_us))
-    else:
-        found.sort(key=lambda item: (item[1].time_us, item[1].traffic_bytes))
-    return tuple((_bounded(seg, tile, cost, gpu, priors), cost) for tile, cost in found[: limit or None])
+
+    def key(item: tuple[Tile, Estimate]) -> tuple[float, float]:
+        cost = item[1]
+        return (cost.traffic_bytes, cost.time_us) if objective == "traffic" else (cost.time_us, cost.traffic_bytes)
+
+    enough = NEAR * min((cost.time_us for _, cost in found), default=0.0)
+    near = [item for item in found if item[1].time_us < enough or objective == "traffic"]
+    found += [variant for tile, cost in near for variant in _variants(seg, tile, gpu, cost.grid, priors)]
+    return tuple(
+        (tile if tile.resident or tile.blocks > 1 else _held(seg, tile, gpu, cost.grid, 0, priors), cost)
+        for tile, cost in sorted(found, key=key)[: limit or None]
+    )
 
 
-def _bounded(seg: Segment, tile: Tile, cost: Estimate, gpu: Gpu, priors: Priors) -> Tile:
-    """The tile with the thread blocks an SM should hold: no more than there are, nor than registers surely allow."""
-    roomy = resident(seg, tile, gpu, cost.shared_bytes, cost.registers + priors.spare_registers)
-    return replace(tile, blocks=max(1, min(roomy, ceil_div(cost.grid, gpu.sms), 2048 // tile.threads)))
+NEAR = 1.5  # times the best's time: tiles that near are tried in variants too, of which none saves a third
+
+
+def _held(seg: Segment, tile: Tile, gpu: Gpu, grid: int, more: int, priors: Priors) -> Tile:
+    """The tile with the thread blocks an SM should hold: as many as registers surely allow, and `more`, but no more
+    than there are in a grid that is not resident."""
+    needed = min(MAX_REGISTERS, registers(seg, tile, priors) + priors.spare_registers)
+    roomy = resident(seg, tile, gpu, shared_bytes(seg, tile), needed) + more
+    return replace(tile, blocks=max(1, min(roomy, ceil_div(grid, gpu.sms), 2048 // tile.threads)))
+
+
+def _variants(seg: Segment, tile: Tile, gpu: Gpu, grid: int, priors: Priors) -> Iterator[tuple[Tile, Estimate]]:
+    """The tile with resident weights, and either with one more thread block an SM, for which some registers spill."""
+    tried = {_held(seg, tile, gpu, grid, 0, priors)}
+    for keeps, more in ((1, 0), (0, 1), (1, 1)):
+        variant = _held(seg, replace(tile, resident=keeps, blocks=1), gpu, grid, more, priors)
+        cost = None if variant in tried else estimate(seg, variant, gpu, priors)
+        tried.add(variant)
+        if cost and cost.resident >= variant.blocks and cost.spilled <= MAX_SPILLED:
+            yield variant, cost
 
 
 def _module(seg: Segment, first: int, last: int, gpu: Gpu, tile: Tile, cost: Estimate) -> Module:

@@ -162,21 +162,22 @@ def test_traffic_is_what_thread_blocks_read_and_write(chain: Chain, card: Gpu, d
         high = (min(start + length, out) - 1) * layer.stride[axis] - layer.pads[axis] + layer.reach[axis]
         return sum(1 for pixel in range(low, high) if 0 <= pixel < seg.mid[axis])
 
-    elements = 0
+    tiles = -(-chain.batch // tile.images) * -(-out_h // tile.tile_h) * -(-out_w // tile.tile_w)
+    cuts = -(-seg.padded_out // block_n(seg, tile))
+    weights = sum(part.weights * (cuts if project and part is not seg.project else 1) for part in seg.layers)
+    if tile.resident:  # thread blocks fetch their weights once
+        tiles = min(tiles, max(1, card.sms * tile.blocks // (cuts * tile.split)))
+    elements = tiles * weights
     for image in range(0, chain.batch, tile.images):
         images = min(tile.images, chain.batch - image)
         for top in range(0, out_h, tile.tile_h):
             for left in range(0, out_w, tile.tile_w):
                 read = images * pixels(0, top, tile.tile_h, out_h) * pixels(1, left, tile.tile_w, out_w)
                 written = images * min(tile.tile_h, out_h - top) * min(tile.tile_w, out_w - left)
-                cuts = -(-seg.padded_out // block_n(seg, tile))
                 if seg.first:  # every channel block, and every thread block of a cluster, needs all of X
                     elements += read * seg.c_in * cuts * tile.split
                 else:
                     elements += read * seg.c_in * (cuts if project else 1)
-                elements += sum(part.weights * (cuts if project and part.kind != "pw" else 1) for part in seg.layers)
-                if seg.first and seg.project:
-                    elements += seg.first.weights * (cuts - 1)
                 elements += written * seg.c_out * (2 if seg.residual else 1)
     assert module.traffic_bytes == elements * seg.element
 

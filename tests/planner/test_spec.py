@@ -43,16 +43,16 @@ int main() {
     t.tile_h = next(), t.tile_w = next(), t.images = next(), t.patch_h = next(), t.chunk = next();
     t.warps_m = next(), t.warps_n = next(), t.block_n = next(), t.split = next(), t.blocks = next();
     t.resident = next();
-    const int batch = next(), height = next(), width = next();
+    const int batch = next(), height = next(), width = next(), sms = next();
     const char* why = fcm::illegal(s);
-    const fcm::Launch l = why ? fcm::Launch{} : fcm::launch(s, batch, height, width);
+    const fcm::Launch l = why ? fcm::Launch{} : fcm::launch(s, batch, height, width, sms);
     std::printf("%d %lld %s\\n", l.shared_bytes, l.grid_x * l.grid_y * l.grid_z, why ? why : "");
     std::fflush(stdout);
   }
 }
 """
 
-Ask = Callable[[Segment, Tile], tuple[int, int, str]]
+Ask = Callable[[Segment, Tile, int], tuple[int, int, str]]
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,8 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     (folder / "ask.cc").write_text(PROGRAM)
     subprocess.run([compiler, "-std=c++17", f"-I{KERNELS}", "ask.cc", "-o", "ask"], cwd=folder, check=True)
 
-    def run(seg: Segment, tile: Tile) -> tuple[int, int, str]:
-        text = " ".join(str(int(value)) for value in numbers(seg, tile))
+    def run(seg: Segment, tile: Tile, sms: int) -> tuple[int, int, str]:
+        text = " ".join(str(int(value)) for value in [*numbers(seg, tile), sms])
         done = subprocess.run([folder / "ask"], input=text, capture_output=True, text=True, check=True)
         shared, grid, *why = done.stdout.rstrip("\n").split(" ", 2)
         return int(shared), int(grid), why[0] if why else ""
@@ -126,7 +126,7 @@ def test_random_tiles_are_judged_alike(ask: Ask, seg: Segment, data: st.DataObje
     tile = data.draw(st.composite(random_tile)())
     if tile.images > 1:  # several images need the whole map: the planner's own rule
         tile = replace(tile, images=1)
-    shared, _, why = ask(seg, tile)
+    shared, _, why = ask(seg, tile, 0)
     assert bool(illegal(seg, tile)) == bool(why), (illegal(seg, tile), why)
     if not why:
         assert shared_bytes(seg, tile) == shared
@@ -141,4 +141,4 @@ def test_planned_tiles_are_true_to_the_kernels(ask: Ask, seg: Segment, card: Gpu
         return
     module = data.draw(st.sampled_from(found))
     cost = estimate(seg, module.tile, card)
-    assert cost and ask(seg, module.tile) == (module.shared_bytes, cost.grid, "")
+    assert cost and ask(seg, module.tile, card.sms) == (module.shared_bytes, cost.grid, "")
