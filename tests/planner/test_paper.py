@@ -62,6 +62,7 @@ def test_traffic_is_in_bytes(chain: Chain) -> None:
         return {
             (m.tile.tile_h, m.tile.tile_w, m.tile.images, m.tile.split, block_n(seg, m.tile), seg.padded_out): m
             for m in candidates(typed, gpu("H200"), 0, 1)
+            if not m.tile.resident  # what those fetch depends on how many an SM holds
         }
 
     half, full = by_shape("float16"), by_shape("float32")
