@@ -71,6 +71,13 @@ class Cuda:
         self.call("cuFuncSetAttribute", function, c_int(MAX_DYNAMIC_SHARED), c_int(shared_bytes))
         return function, module
 
+    def occupancy(self, function: c_void_p, threads: int, shared: int) -> int:
+        """Thread blocks of `function` that a multiprocessor holds."""
+        blocks = c_int()
+        name = "cuOccupancyMaxActiveBlocksPerMultiprocessor"
+        self.call(name, byref(blocks), function, c_int(threads), c_size_t(shared))
+        return blocks.value
+
     def unload(self, module: c_void_p) -> None:
         self.call("cuModuleUnload", module)
 

@@ -1,12 +1,15 @@
 """Times single modules with many tiles, through the CUDA driver alone, and checks each against float64.
 
-    python -m benchmarks.modules [--network mobilenetv2|model.onnx] [--batch 128] [--dtype float16]
-        [--tiles plan|auto:N|FILE.json] [--only TEXT] [--gpu H200] [--cold] [--json FILE] [--prepare]
+    python -m benchmarks.modules [--network mobilenetv2|model.onnx|timings.jsonl.xz] [--batch 128] [--dtype float16]
+        [--tiles plan|auto:N|random:N|FILE.json] [--only TEXT] [--gpu H200] [--cold] [--json FILE] [--jsonl FILE]
+        [--prepare]
 
-The modules are those of the rewritten network. `--tiles`: the plan's own; the planner's N best; or a file with a list
-of tiles for each module, by a part of its name ("" for all): {"blocks.2": ["tile_h=8 tile_w=8 ...", ...]}. `--only`
-keeps modules whose name contains one of the comma-separated texts. `--prepare` only compiles (no GPU needed), into
-the library's cubin cache for `--architecture`.
+The modules are those of the rewritten network, or of a file of timings (see benchmarks/timings.py) those of this batch
+and type, whose plan is their fastest tile there. `--tiles`: the plan's own; the planner's N best; N of all that the
+planner finds legal, drawn at random; or a file with a list of tiles for each module, by a part of its name ("" for
+all): {"blocks.2": ["tile_h=8 tile_w=8 ...", ...]}. `--only` keeps modules whose name contains one of the
+comma-separated texts. `--prepare` only compiles (no GPU needed), into the library's cubin cache for `--architecture`.
+`--jsonl` writes a line for every tile that gave right numbers, which `benchmarks.calibrate` reads.
 
 A time is that of one launch among many in a replayed graph. Tensors that together exceed half of L2 rotate among
 several sets, as in a network they would come from memory; `--cold` rotates all. The floor is bytes that must move (X,
@@ -19,6 +22,7 @@ import argparse
 import ctypes
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -38,10 +42,12 @@ from rich import print as show
 from rich.table import Table
 
 import ort_fcm
+from benchmarks import timings
 from benchmarks.case import DEVIATIONS, Case, Data, cases_of, data_of, describe, layout, reference
 from benchmarks.convolution import Array
 from benchmarks.cubin import resources
 from benchmarks.driver import L2_BYTES, MULTIPROCESSORS, Cuda, CudaError
+from benchmarks.timings import places
 from ort_fcm import bench, library
 from ort_fcm.rewrite.load import load
 
@@ -100,6 +106,9 @@ class Trial:
     registers: int | None = None
     frame_bytes: int | None = None
     shared_bytes: int | None = None
+    blocks: int | None = None  # thread blocks that an SM holds
+    grid: tuple[int, int, int] | None = None
+    threads: int | None = None
     fault: str | None = None
 
 
@@ -152,12 +161,6 @@ class Host:
         if values is not None:
             out[: len(values)] = values
         return out
-
-
-def places(case: Case) -> list[int]:
-    """Which part of the kernel each stage is: 0 first, 1 depthwise, 2 project."""
-    last = len(case.stages) - 1
-    return [1 if s.kind == "dw" else 2 if i == last else 0 for i, s in enumerate(case.stages)]
 
 
 def required_bytes(case: Case, data: Data) -> int:
@@ -262,8 +265,8 @@ class Bench:
         relative = float(np.linalg.norm(error) / np.linalg.norm(self.expected))
         return relative, float((error / self.deviation).max())
 
-    def run(self, cubin: bytes, launch: dict[str, int], launches: int = 20, replays: int = 9) -> dict[str, float]:
-        """us, error and deviations of this module compiled as `cubin`."""
+    def run(self, cubin: bytes, launch: dict[str, int], launches: int = 20, replays: int = 9) -> dict[str, Any]:
+        """us, error, deviations, blocks, grid and threads of this module compiled as `cubin`."""
         cuda = self.cuda
         function, module = cuda.function(cubin, "fcm_module", launch["shared_bytes"])
         sizes = {n: launch[n] for n in ("mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y")}
@@ -287,9 +290,12 @@ class Bench:
             cuda.synchronise()
             error, deviations = self.check(cuda.download(self.outputs[0], self.y_shape, self.case.storage))
             times = cuda.time_graph(cuda.graph(many), replays)
+            blocks = cuda.occupancy(function, launch["threads"], launch["shared_bytes"])
         finally:
             cuda.unload(module)
-        return {"us": statistics.median(times) * 1e3 / launches, "error": error, "deviations": deviations}
+        us = statistics.median(times) * 1e3 / launches
+        told = {"us": us, "error": error, "deviations": deviations}
+        return told | {"blocks": blocks, "grid": grid, "threads": launch["threads"]}
 
 
 def network(name: str, batch: int, dtype: str) -> onnx.ModelProto:
@@ -307,17 +313,46 @@ def tiles_for(name: str, case: Case, wanted: str, gpu: str) -> list[str]:
     if wanted.startswith("auto:"):
         best = list(planned(case, gpu, int(wanted[5:])))
         return [case.tile, *(tile for tile in best if tile != case.tile)]
+    if wanted.startswith("random:"):
+        legal = [tile for tile in planned(case, gpu) if tile != case.tile]
+        return [case.tile, *random.Random(case.to_line()).sample(legal, min(int(wanted[7:]), len(legal)))]
     given: dict[str, list[str]] = json.loads(Path(wanted).read_text())
     found = [tile for part, tiles in given.items() if part in name for tile in tiles]
     return list(dict.fromkeys([case.tile, *found]))
 
 
-def measure(args: argparse.Namespace) -> list[Trial]:
+def timed(path: Path, batch: int, dtype: str) -> dict[str, Case]:
+    """The modules of a file of timings, each with its fastest tile."""
+    found: dict[Case, tuple[float, str]] = {}
+    for row in timings.read(path):
+        case = timings.case(row)
+        if case.batch == batch and case.dtype == dtype:
+            key = replace(case, tile="")
+            found[key] = min(found.get(key, (float("inf"), "")), (row["us"], case.tile))
+
+    def name(case: Case) -> str:
+        return "-".join(str(c) for c in (case.stages[0].c_in, *(stage.c_out for stage in case.stages)))
+
+    return {
+        f"{i} {case.name} {name(case)} at {case.h}x{case.w}": replace(case, tile=tile)
+        for i, (case, (_, tile)) in enumerate(found.items())
+    }
+
+
+def modules(args: argparse.Namespace) -> dict[str, Case]:
+    """The modules to time, by name."""
+    if ".jsonl" in Path(args.network).suffixes:
+        return timed(Path(args.network), args.batch, args.dtype)
     model = network(args.network, args.batch, args.dtype)
     done = ort_fcm.rewrite(model, gpu=args.gpu, check=False, float16=False)
+    return cases_of(done.model, args.dtype if args.dtype != "float16" else None)
+
+
+def measure(args: argparse.Namespace) -> tuple[list[Trial], dict[str, Case]]:
+    """Every trial, and the modules by name."""
     cases: dict[str, Case] = {}
     seen = set()
-    for name, case in cases_of(done.model, args.dtype if args.dtype != "float16" else None).items():
+    for name, case in modules(args).items():
         if any(part in name for part in args.only.split(",")) and case not in seen:
             seen.add(case)
             cases[name] = case
@@ -333,7 +368,7 @@ def measure(args: argparse.Namespace) -> list[Trial]:
     cubins = compile_all(texts, args.architecture)
     print(f"{len(texts)} kernels compiled in {time.perf_counter() - started:.1f} s", file=sys.stderr)
     if args.prepare:
-        return []
+        return [], cases
     host = Host([library.kernel_source(text) for text in texts])
     cuda = Cuda()
     results: list[Trial] = []
@@ -367,9 +402,18 @@ def measure(args: argparse.Namespace) -> list[Trial]:
             if "cuLaunchKernel" not in str(error) and "cuFuncSetAttribute" not in str(error):
                 break  # the context is lost
             continue
-        trial = replace(trial, us=found["us"], error=found["error"], deviations=found["deviations"])
-        results.append(replace(trial, fault="WRONG NUMBERS" if found["deviations"] > DEVIATIONS else None))
-    return results
+        results.append(replace(trial, **found, fault="WRONG NUMBERS" if found["deviations"] > DEVIATIONS else None))
+    return results, cases
+
+
+def line(case: Case, trial: Trial, revision: str) -> str:
+    """A trial as a line of a file of timings."""
+    row = {
+        "B": case.batch, "H": case.h, "W": case.w, "spec": timings.spec(replace(case, tile=trial.tile)),
+        "us": trial.us, "err": trial.error, "grid": trial.grid, "threads": trial.threads, "shared": trial.shared_bytes,
+        "regs": trial.registers, "local": trial.frame_bytes, "occ": trial.blocks, "revision": revision,
+    }  # fmt: skip
+    return json.dumps(row) + "\n"
 
 
 def short(tile: str) -> str:
@@ -433,11 +477,12 @@ def main() -> int:
     parser.add_argument("--cold", action="store_true")
     parser.add_argument("--prepare", action="store_true")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--jsonl", type=Path)
     args = parser.parse_args()
     if not sys.stdout.isatty():
         os.environ.setdefault("COLUMNS", "180")
     try:
-        results = measure(args)
+        results, cases = measure(args)
     except (ort_fcm.FcmError, CudaError, OSError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -451,6 +496,9 @@ def main() -> int:
     if args.json:
         data: dict[str, Any] = {"environment": bench.environment(), "trials": [asdict(trial) for trial in results]}
         args.json.write_text(json.dumps(data, indent=1) + "\n")
+    if args.jsonl:
+        revision = str(bench.environment()["revision"])
+        args.jsonl.write_text("".join(line(cases[t.module], t, revision) for t in results if t.us and not t.fault))
     return int(any(trial.fault == "WRONG NUMBERS" for trial in results))
 
 

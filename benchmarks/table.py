@@ -3,7 +3,8 @@
     python -m benchmarks.table [--check]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a file of benchmarks/results without
-`.json`, with `/float16` or such to keep one type. `--check` changes nothing and fails where a table is out of date.
+`.json`, with `/float16` or such to keep one type, or `steps` (see benchmarks/steps.py). `--check` changes nothing and
+fails where a table is out of date.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks import steps
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/performance.md")
@@ -56,6 +59,10 @@ def render(cells: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", "Measured on " + "; ".join(notes) + ".", ""])
 
 
+def _table(name: str, dtype: str | None) -> str:
+    return steps.render() if name == "steps" else render(_results(name, dtype))
+
+
 def _results(name: str, dtype: str | None) -> list[dict[str, Any]]:
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     cells: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.exists() else []
@@ -69,7 +76,7 @@ def main() -> int:
     stale = False
     for page in PAGES:
         text = (ROOT / page).read_text()
-        new = MARKED.sub(lambda m: m[1] + render(_results(m[2], m[3])) + m[4], text)
+        new = MARKED.sub(lambda m: m[1] + _table(m[2], m[3]) + m[4], text)
         if new != text:
             stale = True
             print(f"{page}: {'out of date' if args.check else 'updated'}")
