@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import calibrate, steps, timings
 from benchmarks.case import Case, Stage
-from benchmarks.modules import timed
+from benchmarks.modules import Trial, line, timed
+from planner import gpu
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "tiles_h200.jsonl.xz"
 
@@ -67,3 +68,16 @@ def test_ratios_are_of_the_same_tiles() -> None:
         for revision, blocks, us in (("a", 1, 9.0), ("a", 1, 4.0), ("a", 2, 5.0), ("b", 1, 6.0), ("b", 3, 1.0))
     ]
     assert steps.same_tiles(rows, "a", "b") == [1.5]
+
+
+def test_calibration_reads_what_is_written(tmp_path: Path) -> None:
+    case = timings.case(timings.read(RESULTS)[0])
+    other = case.tile.replace("blocks=1", "blocks=2")
+    path = tmp_path / "timings.jsonl"
+    path.write_text(
+        "".join(line(case, Trial("a", t, us=us, blocks=2), "r") for t, us in ((case.tile, 3.0), (other, 2.0)))
+    )
+    (problem,) = calibrate.problems([path], gpu("H200"))
+    assert sorted((t.us, t.tile.blocks) for t in problem.timings.values()) == [(2.0, 2), (3.0, 1)]
+    (module,) = timed(path, case.batch, case.dtype).values()
+    assert module == replace(case, tile=other)
