@@ -22,26 +22,27 @@ class Priors:
 
     dram_share: float = 0.90  # of memory_gbps that a copy reaches: 4.3 of 4.8 TB/s
     l2_share: float = 1.0  # of l2_gbps, itself an estimate of what is reached
-    l2_bytes_per_clock: float = 23.5  # L2 bytes that one SM takes in a clock
+    l2_bytes_per_clock: float = 23.7  # L2 bytes that one SM takes in a clock
     tensor_share: float = 1.0  # of the rate of mma.sync
     plain_share: float = 0.65  # of an SM's multiply-adds that products reach where there are no tensor cores
-    overlap: float = 2.19  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
-    alone: float = 0.434  # of that norm lost where an SM holds one thread block, half of it where it holds two
-    copy_instructions: float = 43.3  # a warp's 512 bytes of asynchronous copies of X: addresses, predicates, waits
-    weight_copy_instructions: float = 23.6  # the same, of weights
-    gather_instructions: float = 364.0  # a 16-pixel tile of `first`: its places, and loading its input
-    store_instructions: float = 14.0  # a register of the output: bias, address, store
-    spill: float = 0.0872  # more instructions where `blocks` takes 16 registers from a thread; grows as the square
-    clocks_per_instruction: float = 1.4  # of one warp alone
-    load_clocks: float = 0.356  # the same, of a vector from shared memory, beyond its instruction
-    product_clocks: float = 11.7  # the same, of a tensor-core product
-    step_clocks: float = 774.0  # of a chunk step: its barrier, and the copies' latency that is not hidden
-    resident_step_clocks: float = 279.0  # the same, where weights are resident
-    block_clocks: float = 2450.0  # of a thread block: its first loads, its last stores
-    stream_step_clocks: float = 994.0  # the same, of a lone pointwise: a product alone hides little of X's latency
-    turn_clocks: float = 84.8  # of every tile of a resident thread block: what of that is not overlapped
-    split_clocks: float = 3090.0  # of a cluster: its barriers and the partial sums through distributed shared memory
-    tail_rounds: float = 0.00899  # rounds lost where thread blocks do not all fit the GPU at once
+    overlap: float = 2.2  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
+    alone: float = 0.545  # of that norm lost where an SM holds one thread block, half of it where it holds two
+    stream_overlap: float = 2.1  # the norm of a lone pointwise, which computes little while it waits
+    copy_instructions: float = 23.3  # a warp's 512 bytes of asynchronous copies of X: addresses, predicates, waits
+    weight_copy_instructions: float = 26.8  # the same, of weights
+    gather_instructions: float = 411.0  # a 16-pixel tile of `first`: its places, and loading its input
+    store_instructions: float = 13.2  # a register of the output: bias, address, store
+    spill: float = 0.123  # more instructions where `blocks` takes 16 registers from a thread; grows as the square
+    clocks_per_instruction: float = 1.27  # of one warp alone
+    load_clocks: float = 2.01  # the same, of a vector from shared memory, beyond its instruction
+    product_clocks: float = 16.7  # the same, of a tensor-core product
+    step_clocks: float = 890.0  # of a chunk step: its barrier, and the copies' latency that is not hidden
+    resident_step_clocks: float = 345.0  # the same, where weights are resident
+    block_clocks: float = 2430.0  # of a thread block: its first loads, its last stores
+    stream_step_clocks: float = 757.0  # the same, of a lone pointwise: a product alone hides little of X's latency
+    turn_clocks: float = 208.0  # of every tile of a resident thread block: what of that is not overlapped
+    split_clocks: float = 3290.0  # of a cluster: its barriers and the partial sums through distributed shared memory
+    tail_rounds: float = 0.0865  # rounds lost where thread blocks do not all fit the GPU at once
     launch_us: float = 1.2  # of a kernel in a captured graph
     base_registers: int = 52  # addresses, counters, pipeline state
     resident_registers: int = 24  # of a thread with resident weights: the next tile's places
@@ -52,12 +53,13 @@ class Priors:
     stock_depthwise_rate: float = 2.0  # multiply-adds an SM does in a clock in stock's depthwise, of either type
     stock_dense_share: float = 0.55  # of the memory rates that stock's other convolutions reach
     stock_elementwise_share: float = 0.85  # the same, elementwise kernels
-    stock_tensor_share: float = 0.45  # of the tensor cores' peak that stock's convolutions reach
+    stock_tensor_share: float = 0.55  # of the tensor cores' peak that stock's convolutions reach
 
 
 PRIORS = Priors()
 FITTED = (
-    "overlap", "alone", "l2_bytes_per_clock", "copy_instructions", "weight_copy_instructions", "gather_instructions", "store_instructions", "spill",
+    "overlap", "alone", "stream_overlap", "l2_bytes_per_clock", "copy_instructions", "weight_copy_instructions",
+    "gather_instructions", "store_instructions", "spill",
     "clocks_per_instruction", "load_clocks", "product_clocks", "step_clocks", "resident_step_clocks", "block_clocks",
     "stream_step_clocks", "turn_clocks", "split_clocks", "tail_rounds",
 )  # fmt: skip
@@ -459,7 +461,7 @@ class Work(NamedTuple):
     stores: float  # a step's vectors to shared memory
     copies: float  # a step's asynchronous copies of X, 512 bytes
     weight_copies: float  # the same, of weights
-    tiles: int  # 16-pixel tiles of `first` that a warp prepares, once a tile
+    tiles: float  # 16-pixel tiles of `first` that a warp prepares, once a tile; a mean
     ends: float  # registers of output that a warp finishes and stores, once a tile
     recompute: float
 
@@ -507,11 +509,14 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     pack = 2 if e == 2 else 1
     products = values = loads = stores = 0.0
     copied = copied_weights = 0  # bytes that cp.async brings in a step, whole thread block
-    tiles = _first_tiles(seg, t) if seg.first else 0
+    # The kernels clip the halo region to the map, and warps without a tile of it skip `first`: the mean of a warp.
+    tiles = 0.0
+    if seg.first:
+        tiles = min(_first_tiles(seg, t), ceil_div(ceil_div(mid_pixels, spatial), 16) / warps) if layer else t.patch_h
     if seg.first:
         weights = groups * group // 8 * seg.first_steps * 256
         products += tiles * groups * (group // 8) * seg.first_steps
-        loads += weights / 512 * ceil_div(tiles, 2)
+        loads += weights / 512 * (max(tiles / 2, min(tiles, 1)) if layer else tiles)
         if not _first_in_registers(seg, t):
             loads += tiles * seg.first_steps * groups
         values += tiles * 16 * groups * group / pack / 32 * (2 + _ACTIVATION[seg.first.activation])
@@ -599,9 +604,9 @@ def times(
     }
 
 
-def joined(parts: dict[str, float], blocks: int, priors: Priors = PRIORS) -> float:
+def joined(seg: Segment, parts: dict[str, float], blocks: int, priors: Priors = PRIORS) -> float:
     """Microseconds of a module whose resources take `parts`, where an SM can hold `blocks` thread blocks."""
-    norm = max(1.0, priors.overlap - priors.alone / blocks)
+    norm = max(1.0, (priors.stream_overlap if seg.streams else priors.overlap) - priors.alone / blocks)
     total: float = sum(value**norm for value in parts.values()) ** (1 / norm)
     return priors.launch_us + total
 
@@ -621,7 +626,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     done = work(seg, tile, gpu.sms)
     parts = times(seg, done, gpu, blocks, max(0, regs - bound), bool(tile.resident), priors)
     return Estimate(
-        time_us=joined(parts, blocks, priors),
+        time_us=joined(seg, parts, blocks, priors),
         traffic_bytes=done.moved + done.weights,
         dram_bytes=done.dram,
         shared_bytes=shared,
@@ -654,7 +659,9 @@ def stock(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
     if layer.kind == "dw":
         rate = priors.stock_depthwise_rate * gpu.sms * gpu.clock_mhz
     memory = max(memory_us(gpu, traffic, traffic, priors)) / priors.stock_dense_share
-    time = priors.stock_conv_us + max(memory, lone.multiply_adds / rate)
+    compute = lone.multiply_adds / rate
+    # Dense ones change the layout before and after what tensor cores do, in kernels of their own.
+    time = priors.stock_conv_us + (max(memory, compute) if layer.kind == "dw" else memory + compute)
     for number in range(layer.activation_nodes):
         reads = 2 if layer.residual and number == layer.activation_nodes - 1 else 1
         moved = element * outputs * (reads + 1)
