@@ -57,7 +57,7 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
         return _window(kernel, stride, dilation, (pads[0], pads[1], pads[2], pads[3]))
 
     dense = {"pw": "fcm::Dense::pointwise", "conv": "fcm::Dense::convolution"}
-    c_in = 3 if stages[0] == "conv" else rng.choice((8, 13, 16, 24, 40, 48, 64, 70))
+    c_in = rng.choice((1, 3, 4, 8)) if stages[0] == "conv" else rng.choice((8, 13, 16, 24, 40, 48, 64, 70))
     first = len(stages) > 1 and stages[0] != "dw"
     c_mid = rng.choice((17, 32, 48, 72, 96)) if first else c_in
     c_out = rng.choice((7, 16, 24, 40, 80)) if last_dense else c_mid
