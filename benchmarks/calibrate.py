@@ -129,7 +129,9 @@ def fit(chosen: list[Problem], card: Gpu, priors: Priors, steps: int = 40) -> Pr
     def residuals(x: Vector) -> Vector:
         now = priors_of(x)
         told = [
-            joined(seg, times(seg, t.work, card, t.blocks, t.missing, bool(t.tile.resident), now), t.blocks, now)
+            joined(
+                seg, t.work, times(seg, t.work, card, t.blocks, t.missing, bool(t.tile.resident), now), t.blocks, now
+            )
             for seg, t, _ in rows
         ]
         return np.concatenate([weight * (np.log(told) - measured), stay * (x - start)])

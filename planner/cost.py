@@ -53,7 +53,8 @@ class Priors:
     stock_depthwise_rate: float = 2.0  # multiply-adds an SM does in a clock in stock's depthwise, of either type
     stock_dense_share: float = 0.55  # of the memory rates that stock's other convolutions reach
     stock_elementwise_share: float = 0.85  # the same, elementwise kernels
-    stock_tensor_share: float = 0.55  # of the tensor cores' peak that stock's convolutions reach
+    stock_layout_share: float = 0.4  # the same, layout changes
+    stock_tensor_share: float = 0.45  # of the tensor cores' peak that stock's convolutions reach
 
 
 PRIORS = Priors()
@@ -604,9 +605,11 @@ def times(
     }
 
 
-def joined(seg: Segment, parts: dict[str, float], blocks: int, priors: Priors = PRIORS) -> float:
+def joined(seg: Segment, w: Work, parts: dict[str, float], blocks: int, priors: Priors = PRIORS) -> float:
     """Microseconds of a module whose resources take `parts`, where an SM can hold `blocks` thread blocks."""
-    norm = max(1.0, (priors.stream_overlap if seg.streams else priors.overlap) - priors.alone / blocks)
+    norm = priors.stream_overlap if seg.streams else priors.overlap
+    if w.busy * w.turns > 1:  # tiles that follow one another
+        norm = max(1.0, norm - priors.alone / blocks)
     total: float = sum(value**norm for value in parts.values()) ** (1 / norm)
     return priors.launch_us + total
 
@@ -626,7 +629,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     done = work(seg, tile, gpu.sms)
     parts = times(seg, done, gpu, blocks, max(0, regs - bound), bool(tile.resident), priors)
     return Estimate(
-        time_us=joined(seg, parts, blocks, priors),
+        time_us=joined(seg, done, parts, blocks, priors),
         traffic_bytes=done.moved + done.weights,
         dram_bytes=done.dram,
         shared_bytes=shared,
@@ -666,7 +669,7 @@ def stock(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
         reads = 2 if layer.residual and number == layer.activation_nodes - 1 else 1
         moved = element * outputs * (reads + 1)
         traffic += moved
-        time += _elementwise_us(moved, gpu, priors)
+        time += _elementwise_us(moved, gpu, priors, priors.stock_elementwise_share)
     return Stock(time, traffic)
 
 
@@ -675,8 +678,8 @@ def layout_change(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -
     height, width = chain.maps()[index]
     elements = chain.batch * height * width * chain.layers[index].in_channels
     moved = 2 * elements * (2 if chain.dtype == "float16" else 4)
-    return Stock(_elementwise_us(moved, gpu, priors), moved)
+    return Stock(_elementwise_us(moved, gpu, priors, priors.stock_layout_share), moved)
 
 
-def _elementwise_us(moved: int, gpu: Gpu, priors: Priors) -> float:
-    return priors.stock_elementwise_us + max(memory_us(gpu, moved, moved, priors)) / priors.stock_elementwise_share
+def _elementwise_us(moved: int, gpu: Gpu, priors: Priors, share: float) -> float:
+    return priors.stock_elementwise_us + max(memory_us(gpu, moved, moved, priors)) / share
