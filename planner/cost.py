@@ -619,7 +619,8 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     if tile.split > 1 and gpu.sm < 90:
         return None
     shared, regs = shared_bytes(seg, tile), registers(seg, tile, priors)
-    if regs + priors.spare_registers > MAX_REGISTERS:
+    must = regs - (priors.resident_registers if tile.resident else 0)  # those may spill, or were not needed
+    if must + priors.spare_registers > MAX_REGISTERS:
         return None
     warps = ceil_div(tile.blocks * tile.threads // 32, 4)  # of one of the SM's quarters
     bound = min(MAX_REGISTERS, gpu.registers_per_sm // (4 * 32 * warps) // 8 * 8)
