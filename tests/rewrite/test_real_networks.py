@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 
+from benchmarks.coverage import depthwise
 from ort_fcm import rewrite
 from ort_fcm.compare import compare
 
@@ -32,6 +33,8 @@ def right(path: Path, float16: bool = False) -> None:
     onnx.checker.check_model(result.model)
     assert report.convolutions == report.in_modules + len(report.skipped)
     assert all(any(known in item.reason for known in KNOWN_REASONS) for item in report.skipped), report.skipped
+    channelwise, skipped = depthwise(onnx.load(path)), {item.node for item in report.skipped}
+    assert "qdq" in path.name or len(channelwise - skipped) >= 0.9 * len(channelwise) > 0
     found = compare(path, result.model)
     for item in found.outputs:
         assert item.passed and not item.constant, item
