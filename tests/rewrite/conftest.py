@@ -18,12 +18,17 @@ LEGAL = {
 }  # fmt: skip
 
 
+def legal(stages: list[Stage]) -> bool:
+    behind = [stage for stage in stages[1:] if stage.kind == "pw"]
+    return "-".join(stage.kind for stage in stages) in LEGAL and all(stage.strides == (1, 1) for stage in behind)
+
+
 def greedy(view: Any, chains: list[list[Stage]], *_: Any) -> Planned:
     segments = []
     for chain in chains:
         start = 0
         while start < len(chain):
-            count = max(n for n in (1, 2, 3) if "-".join(s.kind for s in chain[start : start + n]) in LEGAL)
+            count = max(n for n in (1, 2, 3) if legal(chain[start : start + n]))
             segment = Segment(tuple(chain[start : start + count]), "ANY", "", 0, 0, 0.0)
             segments.append(segment)
             start += len(segment.stages)
