@@ -153,8 +153,10 @@ def reference(case: Case, data: Data) -> tuple[Array, Array]:
         # the terms' own magnitudes, rounded by the accumulation and, on tensor cores, as operands
         squares = conv2d(y * y, weight * weight, *window)
         tensor_cores = 0.0 if stage.kind == "dw" else operand
-        # tensor cores truncate sums; a float16 depthwise rounds each of its partial sums to half
-        sums = terms * 2.0**-46 + ((terms + 1) / 2 * unit**2 if stage.kind == "dw" and case.dtype == "float16" else 0)
+        # tensor cores truncate their sums, always towards zero; a float16 depthwise rounds each partial sum to half
+        sums = terms * 2.0**-46 + (terms * 2.0**-26) ** 2
+        if stage.kind == "dw" and case.dtype == "float16":
+            sums += (terms + 1) / 2 * unit**2
         variance = conv2d(variance, weight * weight, *window) + squares * (2 * tensor_cores**2 + sums)
         y = conv2d(y, weight, *window)
         bias, slope = data.biases[i], data.slopes[i]

@@ -50,7 +50,7 @@ struct Input {
           v.r[i] = e;
       }
     }
-    return L::operand(v);
+    return KIND == Dense::none ? v : L::operand(v);  // a depthwise multiplies in full precision
   }
 
   // X under the halo region in shared memory, zero outside of X, where a dense convolution comes first: rows start at
