@@ -275,11 +275,11 @@ def diverse(ranked: Sequence[Module], limit: int) -> list[Module]:
 
 def resident(seg: Segment, tile: Tile, gpu: Gpu) -> Tile | None:
     """The tile with all weights in shared memory and as many thread blocks as an SM really holds; None where they do
-    not fit, or where no thread block would have a second tile to use them for."""
+    not fit."""
     for blocks in range(2048 // tile.threads, 0, -1):
         other = replace(tile, resident=1, blocks=blocks)
         cost = None if illegal(seg, other) else estimate(seg, other, gpu)
-        if cost is None or cost.resident < blocks or cost.grid <= gpu.sms * blocks:
+        if cost is None or cost.resident < blocks:
             continue
         if blocks == 1 or cost.registers * other.threads * blocks <= gpu.registers_per_sm:
             return other

@@ -55,6 +55,7 @@ class Priors:
     stock_elementwise_share: float = 0.85  # the same, elementwise kernels
     stock_layout_share: float = 0.4  # the same, layout changes
     stock_tensor_share: float = 0.45  # of the tensor cores' peak that stock's convolutions reach
+    stock_doubt: float = 1.0  # stock must be faster than a module by this factor for a layer to be left to it
 
 
 PRIORS = Priors()
@@ -76,7 +77,7 @@ _ACTIVATION = {"none": 0, "relu": 1, "clip": 2, "hardswish": 4, "hardsigmoid": 3
 
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
-MAX_SPILLED = 40  # registers that `blocks` may take from a thread: the estimate is too high where it matters
+MAX_SPILLED = 0  # registers that `blocks` may take from a thread
 
 
 @dataclass(frozen=True)
@@ -393,7 +394,13 @@ def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
     if seg.stages == "conv" and seg.element == 2:  # the compiler gathers the operands of all products at once
         phase += 72 * tile.patch_h - 50
     held = _first_tiles(seg, tile) * seg.first_steps * 3 if seg.first and _first_in_registers(seg, tile) else 0
-    return priors.base_registers + sums + held + phase + (priors.resident_registers if tile.resident else 0)
+    kept = 0  # what a resident block remembers between tiles, and what of the next tile's input is on its way
+    if tile.resident:
+        stem = seg.stages.startswith("conv")
+        kept = priors.resident_registers + (24 if stem and seg.depthwise else 8 if seg.project and not stem else 32)
+        if seg.stages == "conv" or (seg.element == 4 and (stem or (seg.first and not held))):
+            kept += 96
+    return priors.base_registers + sums + held + phase + kept
 
 
 def resident(seg: Segment, tile: Tile, gpu: Gpu, shared: int, regs: int) -> int:
@@ -547,7 +554,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
                 stores += passed / t.warps_n
         if not seg.first and not layer and not seg.streams:  # gathered from global memory
             width = 16 // e if seg.c_in % (16 // e) == 0 else 1
-            values += 3 * t.patch_h * 16 * t.chunk / width / 32
+            values += 6 * t.patch_h * 16 * t.chunk / width / 32
         ends = accumulators(seg, t) * (2 - 1 / t.split)
     else:
         ends = steps * groups * t.patch_h * 8.0
@@ -619,8 +626,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     if tile.split > 1 and gpu.sm < 90:
         return None
     shared, regs = shared_bytes(seg, tile), registers(seg, tile, priors)
-    must = regs - (priors.resident_registers if tile.resident else 0)  # those may spill, or were not needed
-    if must + priors.spare_registers > MAX_REGISTERS:
+    if regs + priors.spare_registers > MAX_REGISTERS:
         return None
     warps = ceil_div(tile.blocks * tile.threads // 32, 4)  # of one of the SM's quarters
     bound = min(MAX_REGISTERS, gpu.registers_per_sm // (4 * 32 * warps) // 8 * 8)

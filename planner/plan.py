@@ -312,6 +312,7 @@ def plan_chain(
     modules_of = modules_of or best_candidate
     count = len(chain.layers)
     alone = [stock(chain, i, gpu, priors) for i in range(count)]
+    doubted = [Stock(cost.time_us * priors.stock_doubt, cost.traffic_bytes) for cost in alone]
     changes = [layout_change(chain, i, gpu, priors) for i in range(count)]
     infinite = (float("inf"), float("inf"))
     best = [[infinite, infinite] for _ in range(count + 1)]
@@ -328,7 +329,7 @@ def plan_chain(
                 came[end, kind] = start, before, module
 
     for start in range(count):
-        offer(start, start + 1, 0, key(*alone[start]), None)
+        offer(start, start + 1, 0, key(*doubted[start]), None)
         for last in range(start, min(start + MAX_STAGES, count)):
             for module in modules_of(start, last)[:1]:
                 offer(start, last + 1, 1, key(module.time_us, module.traffic_bytes), module)
@@ -344,6 +345,7 @@ def plan_chain(
         else:
             around = changes[start : start + 2]
             skips.append(Skip(start, _reason(modules_of(start, start), gpu, objective, alone[start], around)))
+            time -= doubted[start].time_us - alone[start].time_us
         end, kind = start, before
     return Plan(
         chain=chain,

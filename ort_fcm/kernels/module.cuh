@@ -382,9 +382,9 @@ struct Module {
     const char* buffer = project_buffer(step) + gi * (block_n(S) / 8) * kFragment;
     constexpr int kBlocks = block_n(S) / 8;
     constexpr bool kExact = kBlocks == S.tile.warps_n * kWarpGroupsN * kBlocks8;  // else some warps have fewer
-    // Beside a first stage, a narrow projection spills when all its weights are loaded at once: a branch that is never
-    // taken keeps them apart.
-    constexpr bool kApart = kAhead && S.first == Dense::pointwise && kWarpGroupsN == 1;
+    // Beside a first stage, loading all of a group's weights at once spills: a branch that is never taken keeps them
+    // apart.
+    constexpr bool kApart = kAhead;
     const int base = S.tile.warps_n > 1 || kApart ? L::warp_n() * kWarpGroupsN * kBlocks8 : 0;
     FCM_UNROLL
     for (int ng = 0; ng < kWarpGroupsN; ++ng) {

@@ -2,8 +2,9 @@
 
 A module runs channels-last, and can read or write [N, C, H, W] itself at some cost; elementwise nodes, Concat,
 reductions and some others run in either layout; every other node needs [N, C, H, W], pools and Resize among them: ONNX
-Runtime's CUDA kernels for these are not channels-last. A tensor whose producer and users disagree costs a Transpose.
-The cheapest choice for the whole graph is a minimum cut between the two layouts.
+Runtime's CUDA kernels for these are not channels-last, and a ReduceMean for a global pool would be several slow ones.
+A tensor whose producer and users disagree costs a Transpose. The cheapest choice for the whole graph is a minimum cut
+between the two layouts.
 
 In `Step`s and here, a tensor's plain name is its [N, C, H, W] form (or whatever the model had), `nhwc(name)` the other.
 """
@@ -139,7 +140,7 @@ def _cost(view: View, tensor: str) -> int:
 def channels_last(view: View, node: NodeProto) -> Flexible | None:
     if node.domain not in ("", "ai.onnx", "com.microsoft"):
         return None
-    for rule in (elementwise, concat, channel_axis, cut_out, reduction, global_pool, flatten, transpose, shape_of):
+    for rule in (elementwise, concat, channel_axis, cut_out, reduction, flatten, transpose, shape_of):
         if (way := rule(view, node)) is not None:
             return way
     return None
@@ -245,23 +246,6 @@ def reduction(view: View, node: NodeProto) -> Flexible | None:
         return [_changed(node, [nhwc(name), store(np.array(moved, np.int64))], renamed)]
 
     return Flexible((name, node.output[0]) if keep else (name,), build)
-
-
-def global_pool(view: View, node: NodeProto) -> Flexible | None:
-    """Pooling of the whole map is a reduction over its two axes."""
-    if node.op_type not in ("GlobalAveragePool", "GlobalMaxPool") or view.rank(node.input[0]) != 4:
-        return None
-    name, op = view.name(node.input[0]), {"GlobalAveragePool": "ReduceMean", "GlobalMaxPool": "ReduceMax"}[node.op_type]
-
-    def build(store: Callable[[Array], str]) -> list[NodeProto]:
-        pooled = helper.make_node(op, [nhwc(name)], [nhwc(node.output[0])], name=node.name, keepdims=1)
-        if view.opset >= 18:
-            pooled.input.append(store(np.array([1, 2], np.int64)))
-        else:
-            pooled.attribute.append(helper.make_attribute("axes", [1, 2]))
-        return [pooled]
-
-    return Flexible((name, node.output[0]), build)
 
 
 def flatten(view: View, node: NodeProto) -> Flexible | None:

@@ -82,8 +82,10 @@ def test_nodes_between_modules(name: str, fuse: Fuse, seed: int) -> None:
         net.output(net.conv(net.depthwise(z), 8))
     model = net.model()
     result = fuse(model)
-    assert "Transpose" not in ops(result.model)
-    assert all(item.split()[1] == "NHWC" for item in layouts(result.model)[:2])
+    # a tensor that is pooled and scaled too is wanted in both layouts
+    assert ops(result.model)["Transpose"] == (name == "pool and scale")
+    if name != "pool and scale":
+        assert all(item.split()[1] == "NHWC" for item in layouts(result.model)[:2])
     assert_same(model, result.model, seed)
 
 
@@ -103,7 +105,8 @@ def test_heads(name: str, fuse: Fuse, seed: int) -> None:
     net.output(build(net, x), rank=rank)
     model = net.model()
     result = fuse(model)
-    assert layouts(result.model) == ["NCHW NHWC"] and "Transpose" not in ops(result.model)
+    ends = "NHWC" if name == "reduce" else "NCHW"  # a pool reads [N, C, H, W], which the module writes itself
+    assert layouts(result.model) == [f"NCHW {ends}"] and "Transpose" not in ops(result.model)
     assert_same(model, result.model, seed)
 
 

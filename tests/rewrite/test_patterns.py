@@ -143,8 +143,8 @@ def test_every_opset(opset: int, fuse: Fuse, seed: int) -> None:
     result = fuse(model)
     (module,) = modules(result.model)
     assert module["stages"] == "pw-dw-pw" and module["activations"] == "clip,hardswish,none"
-    assert module["activation_params"][:2] == [-0.5, 6.0] and module["output_layout"] == "NHWC"
-    assert set(ops(result.model)) == {"FusedConvModule", "ReduceMean", "Flatten"}
+    assert module["activation_params"][:2] == [-0.5, 6.0] and module["output_layout"] == "NCHW"
+    assert set(ops(result.model)) == {"FusedConvModule", "GlobalAveragePool", "Flatten"}
     assert_same(model, result.model, seed)
 
 
