@@ -1,6 +1,7 @@
 """NVRTC compiles the kernels of planned networks for every architecture, without spills and within shared memory.
 
-A sample by default; all kernels of all networks with ORT_FCM_FULL=1. Cubins stay in the library's cache, so that a
+A sample by default; all kernels of all networks for the architectures that ORT_FCM_FULL names, separated by commas
+("all": every one). Cubins stay in the library's cache, so that a
 second run is quick.
 """
 
@@ -22,7 +23,7 @@ from benchmarks.cubin import resources
 from examples import mobilenetv2
 from ort_fcm import bench, library
 
-FULL = os.environ.get("ORT_FCM_FULL") == "1"
+FULL = os.environ.get("ORT_FCM_FULL", "").split(",")
 SAMPLE = 3  # kernels of a network, type and architecture
 # The card that each architecture is planned for, and bytes of shared memory that a thread block may have there.
 CARDS = {
@@ -37,11 +38,15 @@ CARDS = {
 }
 
 
-def _networks(dtype: str) -> Iterator[tuple[str, onnx.ModelProto]]:
+def _full(architecture: str) -> bool:
+    return architecture in FULL or "all" in FULL
+
+
+def _networks(architecture: str, dtype: str) -> Iterator[tuple[str, onnx.ModelProto]]:
     for batch in (1, 128):
         yield f"mobilenetv2 batch {batch}", mobilenetv2.build(batch, dtype)
     directory = os.environ.get("ORT_FCM_MODELS")
-    if FULL and directory:
+    if _full(architecture) and directory:
         for path in sorted(Path(directory).glob("*.onnx")):
             model = onnx.load(path)
             constants = {tensor.name for tensor in model.graph.initializer}
@@ -63,13 +68,13 @@ def _kernels(architecture: str, dtype: str) -> dict[str, Case]:
     """The distinct kernels of all networks, by their description."""
     found: dict[str, Case] = {}
     half = dtype == "float16"
-    for name, model in _networks("float16" if half else "float32"):
+    for name, model in _networks(architecture, "float16" if half else "float32"):
         done = ort_fcm.rewrite(
             model, gpu=CARDS[architecture][0], check=False, constants=True, float16=half and "mobilenetv2" not in name
         )
         cases = list(cases_of(done.model, dtype).values())
         assert cases or "qdq" in name, f"{name}: nothing was fused"
-        for case in cases if FULL else cases[:: len(cases) // SAMPLE]:
+        for case in cases if _full(architecture) else cases[:: len(cases) // SAMPLE]:
             plain = replace(case, batch=1, h=1, w=1)  # no kernel is compiled for these
             found[describe(plain)] = plain
     return found
