@@ -22,7 +22,6 @@ from benchmarks.timings import read
 from planner import Chain, Gpu, Layer, Tile, gpu
 from planner.cost import (
     FITTED,
-    MAX_SPILLED,
     PRIORS,
     Priors,
     Segment,
@@ -168,7 +167,7 @@ def report(title: str, chosen: list[Problem], card: Gpu, priors: Priors, each: b
     figures = []
     for p in chosen:
         told = [(estimate(p.seg, t.tile, card, priors), t.us) for t in p.timings.values()]
-        known = np.array([(e.time_us, us) for e, us in told if e and e.spilled <= MAX_SPILLED])
+        known = np.array([(e.time_us, us) for e, us in told if e and not e.spilled])
         if len(known) < 10:
             continue
         rank = float(np.corrcoef(ranks(known[:, 0]), ranks(known[:, 1]))[0, 1])

@@ -77,7 +77,6 @@ _ACTIVATION = {"none": 0, "relu": 1, "clip": 2, "hardswish": 4, "hardsigmoid": 3
 
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
-MAX_SPILLED = 0  # registers that `blocks` may take from a thread
 
 
 @dataclass(frozen=True)

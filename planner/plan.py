@@ -10,7 +10,6 @@ from typing import Any
 from .chain import Chain, Layer, PlannerError, Tile, ceil_div, round_up
 from .cost import (
     MAX_REGISTERS,
-    MAX_SPILLED,
     PRIORS,
     Estimate,
     Priors,
@@ -228,13 +227,13 @@ def _held(seg: Segment, tile: Tile, gpu: Gpu, grid: int, more: int, priors: Prio
 
 
 def _variants(seg: Segment, tile: Tile, gpu: Gpu, grid: int, priors: Priors) -> Iterator[tuple[Tile, Estimate]]:
-    """The tile with resident weights, and either with one more thread block an SM, for which some registers spill."""
+    """The tile with resident weights, and either with one more thread block an SM, where nothing spills for it."""
     tried = {_held(seg, tile, gpu, grid, 0, priors)}
     for keeps, more in ((1, 0), (0, 1), (1, 1)):
         variant = _held(seg, replace(tile, resident=keeps, blocks=1), gpu, grid, more, priors)
         cost = None if variant in tried else estimate(seg, variant, gpu, priors)
         tried.add(variant)
-        if cost and cost.resident >= variant.blocks and cost.spilled <= MAX_SPILLED:
+        if cost and cost.resident >= variant.blocks and not cost.spilled:
             yield variant, cost
 
 

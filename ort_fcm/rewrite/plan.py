@@ -15,7 +15,7 @@ from ort_fcm.tune import Tuner
 
 DTYPES: dict[int, str] = {TensorProto.FLOAT: "float32", TensorProto.FLOAT16: "float16"}
 
-# A pointwise left to stock was timed at 1.8 times its estimate: layout changes and a bias kernel that are not modelled.
+# Stock's estimate leaves out layout changes and a bias kernel that a profile showed (docs/performance.md, h).
 CAUTIOUS = replace(PRIORS, stock_doubt=1.5)
 
 
