@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_DYNAMIC_SHARED, REGISTERS, LOCAL_BYTES = 8, 4, 3  # CUfunction_attribute
+MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
 MULTIPROCESSORS, L2_BYTES = 16, 38  # CUdevice_attribute
 
 
 class CudaError(RuntimeError):
     """A driver call failed; the message names the call and the driver's error."""
+
+    def __init__(self, call: str, text: str) -> None:
+        super().__init__(f"{call}: {text}")
+        self.refused = call in ("cuFuncSetAttribute", "cuLaunchKernel")  # this kernel; the context is still good
 
 
 class Cuda:
@@ -35,7 +39,7 @@ class Cuda:
         if error:
             text = c_char_p()
             self.library.cuGetErrorString(c_int(error), byref(text))
-            raise CudaError(f"{name}: {(text.value or b'unknown error').decode()} ({error})")
+            raise CudaError(name, f"{(text.value or b'unknown error').decode()} ({error})")
 
     def attribute(self, which: int) -> int:
         value = c_int()
@@ -68,8 +72,28 @@ class Cuda:
         module, function = c_void_p(), c_void_p()
         self.call("cuModuleLoadData", byref(module), c_char_p(cubin))
         self.call("cuModuleGetFunction", byref(function), module, c_char_p(name.encode()))
-        self.call("cuFuncSetAttribute", function, c_int(MAX_DYNAMIC_SHARED), c_int(shared_bytes))
+        try:
+            self.call("cuFuncSetAttribute", function, c_int(MAX_DYNAMIC_SHARED), c_int(shared_bytes))
+        except CudaError:
+            self.unload(module)
+            raise
         return function, module
+
+    def most_shared(self, cubin: bytes, name: str, refused: int) -> int:
+        """The most shared memory, to the KiB, that the kernel `name` is allowed, below `refused` bytes."""
+        low, high = 0, -(-refused // 1024)
+        while high - low > 1:
+            middle = (low + high) // 2
+            try:
+                _, module = self.function(cubin, name, middle * 1024)
+            except CudaError as error:
+                if not error.refused:
+                    raise
+                high = middle
+            else:
+                self.unload(module)
+                low = middle
+        return low * 1024
 
     def occupancy(self, function: c_void_p, threads: int, shared: int) -> int:
         """Thread blocks of `function` that a multiprocessor holds."""
