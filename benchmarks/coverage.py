@@ -1,9 +1,12 @@
 """What becomes of the convolutions of real networks: benchmarks/results/coverage.json and docs/coverage.md.
 
     python -m benchmarks.coverage DIRECTORY [--gpu H200] [--only NAME ...]
+    python -m benchmarks.coverage --page
 
 DIRECTORY holds networks (*.onnx) and architectures.py, which unpacks more. Each is rewritten as it is, planned for
 batch 1, and compared with the original on the CPU provider on structured inputs, with the library and without it.
+--page writes docs/coverage.md anew from the results, and from those of `python -m benchmarks.networks --coverage`: the
+times on a GPU.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from typing import Any
 import onnx
 
 import ort_fcm
+from benchmarks import table
+from benchmarks.networks import COVERAGE
 from ort_fcm.compare import compare
 from ort_fcm.rewrite.graph import attributes, label
 from ort_fcm.rewrite.load import load
@@ -94,8 +99,14 @@ def measure(path: Path, gpu: str) -> dict[str, Any]:
     }
 
 
-def page(entries: list[dict[str, Any]], gpu: str) -> str:
-    """docs/coverage.md."""
+def ratio(cells: list[dict[str, Any]], network: str, batch: int) -> str:
+    """Stock's time over the rewritten network's."""
+    found = next((c for c in cells if (c["network"], c["batch"]) == (network, batch)), {})
+    return "failed" if "failed" in found else table.number(found.get("ratio"), ".2f")
+
+
+def page(entries: list[dict[str, Any]], gpu: str, cells: list[dict[str, Any]]) -> str:
+    """docs/coverage.md; cells: the times of networks on a GPU."""
     excluded = [e["network"] for e in entries if not e["in_modules"]]
     counted = [e for e in entries if e["network"] not in excluded]
     inside, total = (sum(e[key] for e in counted) for key in ("depthwise_in_modules", "depthwise"))
@@ -105,8 +116,8 @@ def page(entries: list[dict[str, Any]], gpu: str) -> str:
             excluded=" and ".join(f"`{name}` (int8)" for name in excluded) or "none",
         ),
         "| network | convolutions | in modules | depthwise | in modules | modules by variant | memory, MB: before, "
-        "after | largest difference |",
-        "|---|---:|---:|---:|---:|---|---:|---:|",
+        "after | largest difference | stock's time over ours, batch 1 | batch 16 |",
+        "|---|---:|---:|---:|---:|---|---:|---:|---:|---:|",
     ]  # fmt: skip
     for e in entries:
         variants = ", ".join(f"{count} {name}" for name, count in e["variants"].items())
@@ -115,7 +126,8 @@ def page(entries: list[dict[str, Any]], gpu: str) -> str:
         mark = " (1)" if e["constants"] else ""
         lines.append(
             f"| {e['network']}{mark} | {e['convolutions']} | {e['in_modules']} | {e['depthwise']} "
-            f"| {e['depthwise_in_modules']} | {variants or '-'} | {memory} | {worst:.1e} |"
+            f"| {e['depthwise_in_modules']} | {variants or '-'} | {memory} | {worst:.1e} "
+            f"| {ratio(cells, e['network'], 1)} | {ratio(cells, e['network'], 16)} |"
         )
     lines += [
         "",
@@ -123,6 +135,9 @@ def page(entries: list[dict[str, Any]], gpu: str) -> str:
         "",
         "The largest difference is over all outputs, relative to the output's largest magnitude, on structured inputs "
         "on the CPU provider, with the library or without.",
+        "",
+        "Times: the network in float16 (`mobilenetv2_qdq` as it is), input and output on the GPU; stock at the best of "
+        "NCHW and NHWC, captured as a graph where that is possible. " + table.measured_on(cells),
         "",
         "Convolutions in no module, by reason:",
         "",
@@ -137,10 +152,18 @@ def page(entries: list[dict[str, Any]], gpu: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directory", type=Path)
+    parser.add_argument("directory", type=Path, nargs="?")
+    parser.add_argument("--page", action="store_true", help="only write the page, from the results")
     parser.add_argument("--gpu", default="H200")
     parser.add_argument("--only", nargs="*", help="networks to print; nothing is written then")
     args = parser.parse_args()
+    cells = json.loads(COVERAGE.read_text())["results"] if COVERAGE.exists() else []
+    if args.page:
+        done = json.loads(RESULTS.read_text())
+        PAGE.write_text(page(done["results"], done["gpu"], cells))
+        return
+    if args.directory is None:
+        parser.error("name a directory of networks")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, args.directory / "architectures.py", folder]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -148,11 +171,11 @@ def main() -> None:
         wanted = [path for path in paths if not args.only or path.stem in args.only]
         entries = [measure(path, args.gpu) for path in wanted]
     if args.only:
-        print(page(entries, args.gpu))
+        print(page(entries, args.gpu, cells))
         return
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"gpu": args.gpu, "batch": 1, "results": entries}, indent=2) + "\n")
-    PAGE.write_text(page(entries, args.gpu))
+    PAGE.write_text(page(entries, args.gpu, cells))
 
 
 if __name__ == "__main__":

@@ -6,17 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from examples import mobilenetv2
 from ort_fcm.errors import FcmError
+from ort_fcm.rewrite.float16 import to_float16
 from ort_fcm.rewrite.load import load
+from ort_fcm.rewrite.pipeline import drop_overridable_inputs
+from ort_fcm.rewrite.shapes import GUESSED_SIZE
 
 
 def network(name: str, dtype: str, batch: int, directory: Path | None = None) -> onnx.ModelProto:
     """`directory`/`name`*.onnx, or the example's MobileNetV2 for "mobilenetv2", all of `dtype`, at `batch`.
 
-    FcmError when there is no such file.
+    Initializers that are also graph inputs are taken as constants. FcmError when there is no such file, or when
+    float16 is asked of a quantised network.
     """
     if name == "mobilenetv2":
         return mobilenetv2.build(batch, dtype)
@@ -24,30 +28,58 @@ def network(name: str, dtype: str, batch: int, directory: Path | None = None) ->
     if not found:
         raise FcmError(f"no {name}*.onnx in {directory or 'any directory: name one with --models'}")
     model = load(found[-1])  # of several exports the last by name
-    if dtype == "float16":
-        _to_float16(model)
-    for value in [*model.graph.input, *model.graph.output]:
-        value.type.tensor_type.shape.dim[0].dim_value = batch
-    del model.graph.value_info[:]
+    drop_overridable_inputs(model.graph)
+    set_batch(model, batch)
+    return float16_throughout(to_float16(model)) if dtype == "float16" else model
+
+
+def set_batch(model: onnx.ModelProto, batch: int) -> None:
+    """Make the model's inputs static, with `batch` images, and the batches that its Reshapes were exported with."""
+    graph = model.graph
+    known = [value.type.tensor_type.shape.dim[0].dim_value for value in graph.input]
+    for value in graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if axis == 0 or not dim.dim_value:
+                dim.dim_value = batch if axis == 0 else GUESSED_SIZE
+    for value in graph.output:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if axis == 0 or not dim.dim_value:
+                dim.Clear()
+    del graph.value_info[:]
+    if known and known[0] in (0, batch):
+        return
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    for node in graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+    for node in graph.node:
+        slot = {"Reshape": 1, "ConstantOfShape": 0, "Expand": 1}.get(node.op_type)
+        sizes = None if slot is None else constants.get(node.input[slot])
+        # a -1 behind other numbers takes the larger batch up
+        if slot is None or sizes is None or not len(sizes) or (sizes[0] != known[0] and -1 in sizes):
+            continue
+        scaled = np.concatenate([sizes[:1] * batch // known[0], sizes[1:]])
+        node.input[slot] = f"{node.output[0]}/sizes"
+        graph.initializer.append(numpy_helper.from_array(scaled.astype(np.int64), node.input[slot]))
+
+
+def float16_throughout(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without the Casts of graph inputs and outputs that a conversion left: these are float16 then too."""
+    graph, renamed, kept = model.graph, {}, []
+    inputs, outputs = ({value.name: value for value in values} for values in (graph.input, graph.output))
+    for node in graph.node:
+        source, made = (node.input[0], node.output[0]) if node.op_type == "Cast" else ("", "")
+        if source in inputs and helper.get_node_attr_value(node, "to") == TensorProto.FLOAT16:
+            inputs[source].type.tensor_type.elem_type = TensorProto.FLOAT16
+            renamed[made] = source
+        elif made in outputs and helper.get_node_attr_value(node, "to") == TensorProto.FLOAT:
+            outputs[made].type.tensor_type.elem_type = TensorProto.FLOAT16
+            renamed[source] = made
+        else:
+            kept.append(node)
+    for node in kept:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        node.output[:] = [renamed.get(name, name) for name in node.output]
+    del graph.node[:]
+    graph.node.extend(kept)
     return model
-
-
-def _to_float16(model: onnx.ModelProto) -> None:
-    """Everything, graph inputs and outputs too, so that stock's convolutions run in float16."""
-
-    def convert(tensor: onnx.TensorProto) -> None:
-        if tensor.data_type == TensorProto.FLOAT:
-            values = np.clip(numpy_helper.to_array(tensor), -65504, 65504).astype(np.float16)
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
-
-    for tensor in model.graph.initializer:
-        convert(tensor)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.HasField("t"):
-                convert(attribute.t)
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i == TensorProto.FLOAT:
-                attribute.i = TensorProto.FLOAT16
-    for value in [*model.graph.input, *model.graph.output]:
-        if value.type.tensor_type.elem_type == TensorProto.FLOAT:
-            value.type.tensor_type.elem_type = TensorProto.FLOAT16

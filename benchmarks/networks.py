@@ -2,10 +2,15 @@
 
     python -m benchmarks.networks --models DIR [--networks mobilenetv2_100,...] [--dtypes float16,float32]
         [--batches 128,16,1] [--seconds 500] [--out benchmarks/results/networks.json]
+    python -m benchmarks.networks --models DIR --coverage [--seconds 240]
 
 Cells that the file already has are left (give another --out, or --again, to measure anew), and no cell is begun after
 --seconds, so a run can be cut into pieces. Each cell is one process's measurement of all settings, interleaved; its
 date, versions and revision stand beside it.
+
+--coverage: every network of DIR in float16 (a quantised one as it is) at batches 1 and 16, in few runs and with graph
+capture, as that is every network's fastest setting, unless it cannot be captured; nothing is held against float64. The
+results go to coverage_h200.json, from which `python -m benchmarks.coverage --page` makes its table.
 """
 
 from __future__ import annotations
@@ -15,9 +20,12 @@ import json
 import sys
 import time
 from collections.abc import Mapping
+from concurrent.futures import ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import onnx
 from rich import print as show
 
 import ort_fcm
@@ -25,11 +33,16 @@ from benchmarks import reference
 from benchmarks.convolution import Array
 from benchmarks.models import network
 from ort_fcm import bench
+from ort_fcm.rewrite.pipeline import choose_gpu
 
 NETWORKS = (
     "mobilenetv2_100", "mobilenetv1_100", "efficientnet_lite0", "mnasnet_100", "mobilenetv4_conv_small", "xception41",
 )  # fmt: skip
 RESULTS = Path(__file__).parent / "results"
+COVERAGE = RESULTS / "coverage_h200.json"
+CAPTURED = tuple(setting for setting in bench.CUDA_SETTINGS if setting.graph)
+Key = tuple[str, str, int]  # network, type, batch
+Prepared = tuple[bytes, bytes, dict[str, Any]]  # the stock model, the rewritten one, a summary of what was done
 
 
 def errors(result: bench.Result, kept: Mapping[str, Mapping[str, Array]], exact: Mapping[str, Array]) -> dict[str, Any]:
@@ -45,71 +58,130 @@ def errors(result: bench.Result, kept: Mapping[str, Mapping[str, Array]], exact:
     return found
 
 
-def cell(name: str, dtype: str, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+def prepare(name: str, dtype: str, batch: int, models: Path, gpu: str) -> Prepared:
+    """The network in the type, a quantised one as it is, and rewritten for the GPU."""
+    try:
+        stock = network(name, dtype, batch, models)
+    except ort_fcm.FcmError as error:
+        if "quantised" not in str(error):
+            raise
+        stock = network(name, "float32", batch, models)
+    done = ort_fcm.rewrite(stock, gpu=gpu, check=False)
+    return stock.SerializeToString(), done.model.SerializeToString(), bench.summary(done.report)
+
+
+def cell(key: Key, prepared: Prepared, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one network in one type at one batch."""
-    stock = network(name, dtype, batch, args.models)
-    done = ort_fcm.rewrite(stock, gpu=args.gpu, check=False)
+    data, rewritten, report = prepared
+    stock = onnx.load_from_string(data)
     kept: dict[str, dict[str, Array]] = {}
-    result = bench.measure(
-        name,
-        stock,
-        done.model,
-        device=args.provider,
-        runs=args.runs,
-        warmup=args.warmup,
-        report=bench.summary(done.report),
-        keep=kept,
+    bench.require_provider(args.provider)  # which opens libraries, in this process too
+
+    def measure(settings: tuple[bench.Setting, ...] | None) -> bench.Result:
+        return bench.measure(
+            key[0],
+            stock,
+            onnx.load_from_string(rewritten),
+            device=args.provider,
+            settings=settings,
+            runs=args.runs,
+            warmup=args.warmup,
+            report=report,
+            keep=None if args.coverage else kept,
+        )
+
+    result = measure(CAPTURED if args.coverage and args.provider == "cuda" else None)
+    if not (result.best(False) and result.best(True)):  # it cannot be captured
+        result = measure(None)
+    if not args.coverage:
+        show(bench.table([result]))
+    values = result.to_dict() | {"dtype": key[1], "environment": bench.environment()}
+    if not args.coverage:
+        values["error"] = errors(result, kept, reference.run(stock, kept["inputs"], args.images))
+    return values
+
+
+def line(cell: Mapping[str, Any]) -> str:
+    """A cell in one line."""
+    where = f"{cell['network']} {cell['dtype']} batch {cell['batch']}"
+    if "failed" in cell:
+        return f"{where}: failed: {cell['failed']}"
+    ran = {t["name"]: t for t in cell["timings"] if t["median_ms"] is not None}
+    times = ", ".join(f"{name} {t['median_ms']:.3g} ms" for name, t in ran.items())
+    worst = max((t["difference"] for t in ran.values() if t["setting"]["rewritten"]), default=float("nan"))
+    error = cell.get("error", {}).get("ratio")
+    return (
+        f"{where}: ratio {cell['ratio'] or float('nan'):.2f} ({times}), difference {worst:.1e}"
+        + (f", error over stock's {error:.2f}" if error else "")
+        + ("" if cell["passed"] else ", NOT RIGHT")
     )
-    show(bench.table([result]))
-    exact = reference.run(stock, kept["inputs"], args.images)
-    return result.to_dict() | {"error": errors(result, kept, exact), "environment": bench.environment()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="a directory with NAME*.onnx, static batch or dynamic, float32")
-    parser.add_argument("--networks", default=",".join(NETWORKS))
-    parser.add_argument("--dtypes", default="float16,float32")
-    parser.add_argument("--batches", default="128,16,1")
+    parser.add_argument("--coverage", action="store_true", help="every network of the directory, in few runs")
+    parser.add_argument("--networks")
+    parser.add_argument("--dtypes")
+    parser.add_argument("--batches")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no cell after this many")
-    parser.add_argument("--runs", type=int, default=150)
-    parser.add_argument("--warmup", type=int, default=30)
+    parser.add_argument("--runs", type=int)
+    parser.add_argument("--warmup", type=int)
     parser.add_argument("--images", type=int, default=8, help="images of a batch held against float64")
     parser.add_argument("--gpu", help="the GPU to plan for; default: the one present")
     parser.add_argument("--provider", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--again", action="store_true", help="measure what the file has, too")
-    parser.add_argument("--out", type=Path, default=RESULTS / "networks.json")
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    every = ",".join(sorted(path.stem for path in args.models.glob("*.onnx"))) if args.models else ""
+    if args.coverage:
+        defaults: dict[str, Any] = {"networks": every, "dtypes": "float16", "batches": "1,16", "runs": 40, "warmup": 5}
+    else:
+        defaults = {"networks": ",".join(NETWORKS), "dtypes": "float16,float32", "batches": "128,16,1", "runs": 150,
+                    "warmup": 30}  # fmt: skip
+    defaults["out"] = COVERAGE if args.coverage else RESULTS / "networks.json"
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     started = time.monotonic()
     try:
         bench.require_provider(args.provider)
+        gpu = choose_gpu(args.gpu)[0].name
     except ort_fcm.FcmError as error:
         print(error, file=sys.stderr)
         return 2
-    cells: list[dict[str, Any]] = json.loads(args.out.read_text())["results"] if args.out.exists() else []
+    cells: dict[Key, dict[str, Any]] = {}
+    if args.out.exists():
+        cells = {(c["network"], c["dtype"], c["batch"]): c for c in json.loads(args.out.read_text())["results"]}
+    wanted: list[Key] = [
+        (name, dtype, int(batch))
+        for name in args.networks.split(",")
+        for dtype in args.dtypes.split(",")
+        for batch in args.batches.split(",")
+    ]
+    wanted = [key for key in wanted if args.again or key not in cells or "ratio" not in cells[key]]
     left = failed = 0
-    for name in args.networks.split(","):
-        for dtype in args.dtypes.split(","):
-            for batch in map(int, args.batches.split(",")):
-                same = [c for c in cells if (c["network"], c["dtype"], c["batch"]) == (name, dtype, batch)]
-                if same and not args.again:
-                    continue
-                if time.monotonic() - started > args.seconds:
-                    left += 1
-                    continue
-                try:
-                    new = cell(name, dtype, batch, args)
-                except Exception as error:  # one network that cannot run must not cost the others' results
-                    print(f"{name} {dtype} batch {batch}: {error}", file=sys.stderr)
-                    failed += 1
-                    continue
-                cells = [c for c in cells if c not in same] + [new]
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.write_text(json.dumps({"results": cells}, indent=1) + "\n")
-                failed += not new["passed"]
-                ratio, error_ratio = new["ratio"], new["error"].get("ratio")
-                print(f"{name} {dtype} batch {batch}: ratio {ratio and round(ratio, 2)}, "
-                      f"error over stock's {error_ratio and round(error_ratio, 2)}", flush=True)  # fmt: skip
+    processes = get_context("spawn")
+    with ProcessPoolExecutor(mp_context=processes) as pool:
+        futures = {key: pool.submit(prepare, *key, args.models, gpu) for key in wanted}
+        wait(futures.values())  # planning beside a measurement would disturb it
+    worker = ProcessPoolExecutor(1, processes)
+    for key in wanted:
+        if time.monotonic() - started > args.seconds:
+            left += 1
+            continue
+        try:
+            cells[key] = worker.submit(cell, key, futures[key].result(), args).result()
+        except Exception as error:  # one network that cannot run must not cost the others' results
+            worker.shutdown(wait=False)  # a CUDA error can outlast the session
+            worker = ProcessPoolExecutor(1, processes)
+            reason = " ".join(str(error).split())[:300]
+            cells[key] = {"network": key[0], "dtype": key[1], "batch": key[2], "passed": False, "failed": reason}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps({"results": list(cells.values())}, indent=1) + "\n")
+        failed += not cells[key]["passed"]
+        print(f"{time.monotonic() - started:4.0f} s: {line(cells[key])}", flush=True)
+    worker.shutdown()
     if left:
         print(f"{left} cells left: out of time; run again")
     return int(failed > 0)

@@ -23,7 +23,8 @@ PAGES = ("README.md", "docs/performance.md")
 MARKED = re.compile(r"(<!-- table: (\S+?)(?:/(\S+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
-def _number(value: float | None, form: str = ".3g") -> str:
+def number(value: float | None, form: str = ".3g") -> str:
+    """The number, or a dash where there is none."""
     return "-" if value is None else format(value, form)
 
 
@@ -44,19 +45,26 @@ def render(cells: list[dict[str, Any]]) -> str:
         dtype = "float32 (TF32)" if c["dtype"] == "float32" else c["dtype"]
         error = c.get("error", {})
         lines.append(
-            f"| {c['network']} | {dtype} | {c['batch']} | {_number(best[False])} ({(c['best_stock'] or '-')[6:]}) "
-            f"| {_number(best[True])} | {_number(c['ratio'], '.2f')} | {_number(error.get('stock'), '.1e')} "
-            f"| {_number(error.get('rewritten'), '.1e')} |"
+            f"| {c['network']} | {dtype} | {c['batch']} | {number(best[False])} ({(c['best_stock'] or '-')[6:]}) "
+            f"| {number(best[True])} | {number(c['ratio'], '.2f')} | {number(error.get('stock'), '.1e')} "
+            f"| {number(error.get('rewritten'), '.1e')} |"
         )
+    return "\n".join([*lines, "", measured_on(cells), ""])
+
+
+def measured_on(cells: list[dict[str, Any]]) -> str:
+    """Where and when the cells were measured, as a sentence."""
     where = {
         (e["gpu"], e["onnxruntime"], e["cudnn"], e["cuda_driver"], e["date"][:10], e["revision"])
-        for e in (c["environment"] for c in cells)
+        for e in (c["environment"] for c in cells if "environment" in c)
     }
+    if not where:
+        return "Not measured yet."
     notes = [
         f"{gpu}, ONNX Runtime {ort}, cuDNN {cudnn}, CUDA driver {driver}, {date}, revision {revision}"
         for gpu, ort, cudnn, driver, date, revision in sorted(where, key=str)
     ]
-    return "\n".join([*lines, "", "Measured on " + "; ".join(notes) + ".", ""])
+    return "Measured on " + "; ".join(notes) + "."
 
 
 def _table(name: str, dtype: str | None) -> str:

@@ -189,9 +189,9 @@ def structured_inputs(model: onnx.ModelProto, seed: int = 0) -> dict[str, Array]
     return feeds
 
 
-def _provider_options(setting: Setting, tf32: bool) -> dict[str, str]:
+def _provider_options(setting: Setting, tf32: bool, search: str) -> dict[str, str]:
     return {
-        "cudnn_conv_algo_search": "EXHAUSTIVE",
+        "cudnn_conv_algo_search": search,
         "prefer_nhwc": str(int(setting.nhwc)),
         "enable_cuda_graph": str(int(setting.graph)),
         "use_tf32": str(int(tf32)),
@@ -209,6 +209,7 @@ class Runner:
         outputs: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]] | None,
         device: str,
         tf32: bool = True,
+        search: str = "EXHAUSTIVE",
     ) -> None:
         """`feeds` are OrtValues on `device`; `outputs` the shapes to allocate, or None to let the session allocate."""
         import onnxruntime as ort
@@ -221,7 +222,7 @@ class Runner:
             options.register_custom_ops_library(str(library_path()))
         providers: list[Any] = ["CPUExecutionProvider"]
         if device == "cuda":
-            providers.insert(0, ("CUDAExecutionProvider", _provider_options(setting, tf32)))
+            providers.insert(0, ("CUDAExecutionProvider", _provider_options(setting, tf32, search)))
         started = time.perf_counter()
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=providers)
         if device == "cuda" and "CUDAExecutionProvider" not in self.session.get_providers():
@@ -308,7 +309,7 @@ def measure(
     settings = settings or (CUDA_SETTINGS if device == "cuda" else CPU_SETTINGS)
     host = structured_inputs(stock, seed)
     feeds = {name: ort.OrtValue.ortvalue_from_numpy(value, device, 0) for name, value in host.items()}
-    plain = Runner(stock, Setting(False), feeds, None, device, tf32)
+    plain = Runner(stock, Setting(False), feeds, None, device, tf32, search="HEURISTIC")  # not timed
     reference = plain.results()
     shapes = {name: (value.shape, value.dtype) for name, value in reference.items()}
     del plain

@@ -75,7 +75,7 @@ def rewrite(
     result = onnx.ModelProto()
     result.CopyFrom(original)
     if constants:
-        _drop_overridable_inputs(result.graph)
+        drop_overridable_inputs(result.graph)
     report = Report(target.name, is_default, tune)
     try:
         if float16:
@@ -164,7 +164,8 @@ def _rewrite(
     return tuple(plans)
 
 
-def _drop_overridable_inputs(graph: onnx.GraphProto) -> None:
+def drop_overridable_inputs(graph: onnx.GraphProto) -> None:
+    """Make plain constants of the initializers that are graph inputs too."""
     initializers = {tensor.name for tensor in graph.initializer}
     kept = [value for value in graph.input if value.name not in initializers]
     del graph.input[:]
