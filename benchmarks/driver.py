@@ -111,6 +111,10 @@ class Cuda:
         sizes = [c_uint(v) for v in (*grid, threads, 1, 1, shared)]
         self.call("cuLaunchKernel", function, *sizes, self.stream, pointers, c_void_p())
 
+    def launch_empty(self, function: c_void_p) -> None:
+        """Launch one thread of a kernel without parameters on the stream."""
+        self.call("cuLaunchKernel", function, *[c_uint(v) for v in (1, 1, 1, 1, 1, 1, 0)], self.stream, None, None)
+
     def synchronise(self) -> None:
         self.call("cuStreamSynchronize", self.stream)
 

@@ -1,9 +1,10 @@
-"""Renders tables of benchmarks/results between markers in README.md and docs/performance.md.
+"""Renders tables of benchmarks/results between markers in README.md and pages of docs.
 
     python -m benchmarks.table [--check]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a file of benchmarks/results without
-`.json`, with `/float16` or such to keep one type, or `steps` (see benchmarks/steps.py). `--check` changes nothing and
+`.json`, with `/float16` or such to keep one type, `steps` (see benchmarks/steps.py), or one of the tables of
+benchmarks/confirm.py. `--check` changes nothing and
 fails where a table is out of date.
 """
 
@@ -16,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import steps
+from benchmarks import confirm, steps
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/performance.md")
+PAGES = ("README.md", "docs/performance.md", "docs/planner.md")
 MARKED = re.compile(r"(<!-- table: (\S+?)(?:/(\S+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -68,6 +69,8 @@ def measured_on(cells: list[dict[str, Any]]) -> str:
 
 
 def _table(name: str, dtype: str | None) -> str:
+    if name in confirm.TABLES:
+        return confirm.render(name)
     return steps.render() if name == "steps" else render(_results(name, dtype))
 
 

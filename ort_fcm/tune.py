@@ -55,7 +55,7 @@ def describe(seg: Segment, tile: Tile, gpu: Gpu) -> str:
         "pads": words(n for layer in layers for n in layer.pads),
         "activations": ",".join(layer.activation for layer in layers),
         "activation_params": words(n for layer in layers for n in PARAMETERS.get(layer.activation, (0.0, 0.0))),
-        "input_layout": "NCHW" if _reads_nchw(seg) else "NHWC",
+        "input_layout": "NCHW" if reads_nchw(seg) else "NHWC",
         "tile": str(tile),
         "channels": words([seg.c_in, *(layer.out_channels for layer in layers)]),
         "residual": int(seg.residual),
@@ -64,12 +64,12 @@ def describe(seg: Segment, tile: Tile, gpu: Gpu) -> str:
     return "\n".join(f"{name}={value}" for name, value in lines.items())
 
 
-def _reads_nchw(seg: Segment) -> bool:
+def reads_nchw(seg: Segment) -> bool:
     return bool(seg.layers[0].kind == "conv" and seg.c_in <= NCHW_CHANNELS)
 
 
-def _shape(seg: Segment) -> tuple[int, int, int, int]:
-    if _reads_nchw(seg):
+def x_shape(seg: Segment) -> tuple[int, int, int, int]:
+    if reads_nchw(seg):
         return seg.batch, seg.c_in, seg.height, seg.width
     return seg.batch, seg.height, seg.width, seg.c_in
 
@@ -133,7 +133,7 @@ class Tuner:
                 late = self.clock() - self._started + self._slowest > self.seconds
                 while not late and len(queue) and len(running) < self.workers:
                     job = queue.take()
-                    running[pool.submit(self._timed, describe(job.seg, job.tile, self.gpu), _shape(job.seg))] = job
+                    running[pool.submit(self._timed, describe(job.seg, job.tile, self.gpu), x_shape(job.seg))] = job
                 if not running:
                     return
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
