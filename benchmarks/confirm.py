@@ -90,13 +90,19 @@ def whole(chain: Chain) -> Segment:
 
 
 def chain_of(entry: Entry) -> Chain:
-    return Chain(chains.layers(entry["layers"]), entry["batch"], entry["height"], entry["width"], "float16")
+    return Chain(chains.layers(entry["layers"]), entry["batch"], entry["height"], entry["width"], entry["dtype"])
 
 
 def plain(chain: Chain) -> Entry:
-    return {
-        "batch": chain.batch, "height": chain.height, "width": chain.width, "layers": chains.plain(chain),
-    }  # fmt: skip
+    return {"batch": chain.batch, "height": chain.height, "width": chain.width, "dtype": chain.dtype,
+            "layers": chains.plain(chain)}  # fmt: skip
+
+
+def entry_of(chain: Chain, module: Module) -> Entry:
+    """What is to be measured of the module that is all of a chain."""
+    traffic = {"l2": module.traffic_bytes, "dram_read": module.dram_bytes - written(whole(chain))}
+    tiles = [[str(module.tile), module.time_us]]
+    return {"name": name_of(chain), **plain(chain), "estimate": traffic, "tiles": tiles, "near": 0, "all": False}
 
 
 def segments_of(chain: Chain) -> Iterator[tuple[int, int]]:
@@ -171,11 +177,7 @@ def prepare(args: argparse.Namespace) -> Entry:
                 seg = whole(part)
                 if seg not in places:
                     places[seg] = len(modules)
-                    traffic = {"l2": module.traffic_bytes, "dram_read": module.dram_bytes - written(seg)}
-                    modules.append(
-                        {"name": name_of(part), "network": entry["network"], **plain(part), "estimate": traffic,
-                         "tiles": [[str(module.tile), module.time_us]], "near": 0, "all": False}
-                    )  # fmt: skip
+                    modules.append({"network": entry["network"], **entry_of(part, module)})
                 entry["modules"][f"{first}-{last}"] = places[seg]
             for first, last in entry["plan"]:
                 used[chain.batch][entry["network"]].append(entry["modules"][f"{first}-{last}"])

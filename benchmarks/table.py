@@ -3,8 +3,8 @@
     python -m benchmarks.table [--check]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a file of benchmarks/results without
-`.json`, with `/float16` or such to keep one type, `steps` (see benchmarks/steps.py), or one of the tables of
-benchmarks/confirm.py. `--check` changes nothing and
+`.json`, with `/float16` or such to keep one type, `steps` (see benchmarks/steps.py), `paper` (see
+benchmarks/paper.py), or one of the tables of benchmarks/confirm.py. `--check` changes nothing and
 fails where a table is out of date.
 """
 
@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import confirm, steps
+from benchmarks import confirm, paper, steps
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/performance.md", "docs/planner.md")
+PAGES = ("README.md", "docs/performance.md", "docs/planner.md", "docs/paper.md")
 MARKED = re.compile(r"(<!-- table: (\S+?)(?:/(\S+))? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -71,6 +71,8 @@ def measured_on(cells: list[dict[str, Any]]) -> str:
 def _table(name: str, dtype: str | None) -> str:
     if name in confirm.TABLES:
         return confirm.render(name)
+    if name == "paper":
+        return paper.render()
     return steps.render() if name == "steps" else render(_results(name, dtype))
 
 

@@ -1,0 +1,366 @@
+"""The paper's table again: its layer pairs, as the planner has them run against stock ONNX Runtime, at batch 1.
+
+    python -m benchmarks.paper prepare [--jobs FILE] [--gpu H200]   (no GPU needed)
+    python -m benchmarks.paper run [--jobs FILE] [--seconds 150] [--out FILE]
+
+The pairs are those of benchmarks/paper_pairs.csv that can be fused, equal ones once, in float16 and float32 (TF32).
+Stock: the CUDA provider, cuDNN's algorithms searched exhaustively, at the faster of NCHW and NHWC (whose input and
+output are NHWC then, as inside a network), its runs captured in a CUDA graph; activations are nodes of their own. Ours:
+the planned module, or modules where the planner does not fuse. Times are those of one run of many in a replayed graph;
+accesses are ncu's `lts__t_bytes` with cold caches, summed over a run's kernels. `run` measures, as far as `--seconds`
+go, our times, our accesses, stock's times and stock's accesses; `python -m benchmarks.table` makes docs/paper.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+from ort_fcm.planner import Chain, Layer, plan_chain
+from ort_fcm.planner import gpu as gpu_by_name
+
+from benchmarks import confirm, ncu
+from benchmarks.confirm import Entry, chain_of
+from ort_fcm import bench
+from ort_fcm.errors import FcmError
+from ort_fcm.rewrite.plan import CAUTIOUS
+
+PAIRS = Path(__file__).with_name("paper_pairs.csv")
+RESULTS = Path(__file__).parent / "results" / "paper_h200.json.xz"
+JOBS = Path("build") / "paper_jobs.json.xz"
+DTYPES = ("float16", "float32")
+LINEAR = ("MobileNetV2", "ProxylessNAS-GPU")  # whose projections to fewer channels have no activation
+RUNS = 20  # in a graph
+TYPES = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
+
+
+def pair(row: dict[str, str], dtype: str) -> Chain:
+    """A row of the file as a chain at batch 1, with the activations of its network."""
+    model, first = row["model"], row["first_type"]
+    c_in, c_mid, c_out = int(row["C_in"]), int(row["C_mid"]), int(row["C_out"])
+    top, bottom, left, right = map(int, row["padding"].split("/"))
+    kernel, stride = int(row["kernel"]), int(row["stride"])
+
+    def layer(kind: str, inputs: int, outputs: int) -> Layer:
+        bare = (model == "Xception" and kind == "dw") or (model in LINEAR and kind == "pw" and outputs < inputs)
+        activation = "none" if bare else "relu" if model == "Xception" else "clip"
+        window: dict[str, Any] = {}
+        if kind == "dw":
+            window = {"kernel": (kernel,) * 2, "stride": (stride,) * 2, "pads": (top, left, bottom, right)}
+        return Layer(kind, inputs, outputs, activation=activation, activation_nodes=int(not bare), **window)
+
+    second = "pw" if first == "dw" or kernel == 1 else "dw"
+    layers = (layer(first, c_in, c_mid), layer(second, c_mid, c_out))
+    return Chain(layers, 1, int(row["H"]), int(row["W"]), dtype)
+
+
+def rows() -> list[dict[str, str]]:
+    """The legal pairs of the file."""
+    lines = (line for line in PAIRS.read_text().splitlines() if not line.startswith("#"))
+    return [row for row in csv.DictReader(lines) if not row["note"]]
+
+
+def prepare(args: argparse.Namespace) -> Entry:
+    """Distinct pairs with their plans (`chains`), and the modules of these, in the form of benchmarks.confirm."""
+    gpu = gpu_by_name(args.gpu)
+    found: dict[Chain, list[str]] = {}
+    for row in rows():
+        for dtype in DTYPES:
+            found.setdefault(pair(row, dtype), []).append(f"{row['model']} {row['layer_ids']}")
+    modules: list[Entry] = []
+    entries = []
+    for chain, names in found.items():
+        plan = plan_chain(chain, gpu, priors=CAUTIOUS)
+        entry = {**confirm.plain(chain), "names": names, "plan": [], "left": len(plan.skips)}
+        for module in plan.modules:
+            part = confirm.lone(chain, module.first, module.last)
+            entry["plan"].append(len(modules))
+            modules.append(confirm.entry_of(part, module))
+        entries.append(entry)
+    every = list(range(len(modules)))
+    return {"gpu": gpu.name, "profiled": every, "timed": every, "modules": modules, "chains": entries}
+
+
+# ---- Stock -----------------------------------------------------------------------------------------------------------
+
+
+def model_of(chain: Chain, nhwc: bool) -> onnx.ModelProto:
+    """The chain as a model with random weights; `nhwc`: with Transposes around it, which cancel stock's own."""
+    rng, element = np.random.default_rng(0), TYPES[chain.dtype]
+    storage = np.dtype(chain.dtype)
+    nodes, initializers = [], []
+
+    def constant(name: str, values: Any) -> str:
+        initializers.append(numpy_helper.from_array(np.asarray(values, storage), name))
+        return name
+
+    def shape(height: int, width: int, channels: int) -> list[int]:
+        return [chain.batch, height, width, channels] if nhwc else [chain.batch, channels, height, width]
+
+    now = "X"
+    if nhwc:
+        nodes.append(helper.make_node("Transpose", [now], [now := "X_nchw"], perm=[0, 3, 1, 2]))
+    for i, layer in enumerate(chain.layers):
+        fan_in = layer.weights // layer.out_channels
+        dims = (layer.out_channels, 1 if layer.kind == "dw" else layer.in_channels, *layer.kernel)
+        weight = constant(f"W{i}", rng.standard_normal(dims) * fan_in**-0.5)
+        bias = constant(f"B{i}", rng.standard_normal(layer.out_channels))
+        nodes.append(
+            helper.make_node(
+                "Conv", [now, weight, bias], [now := f"C{i}"], kernel_shape=layer.kernel, strides=layer.stride,
+                pads=layer.pads, group=layer.in_channels if layer.kind == "dw" else 1,
+            )
+        )  # fmt: skip
+        if layer.activation == "relu":
+            nodes.append(helper.make_node("Relu", [now], [now := f"A{i}"]))
+        elif layer.activation == "clip":
+            bounds = [constant(f"low{i}", 0), constant(f"high{i}", 6)]
+            nodes.append(helper.make_node("Clip", [now, *bounds], [now := f"A{i}"]))
+    if nhwc:
+        nodes.append(helper.make_node("Transpose", [now], [now := "Y"], perm=[0, 2, 3, 1]))
+    else:
+        nodes[-1].output[0] = now = "Y"
+    first = shape(chain.height, chain.width, chain.layers[0].in_channels)
+    out_h, out_w = chain.maps()[-1]
+    last = shape(out_h, out_w, chain.layers[-1].out_channels)
+    inputs = [helper.make_tensor_value_info("X", element, first)]
+    outputs = [helper.make_tensor_value_info(now, element, last)]
+    graph = helper.make_graph(nodes, "pair", inputs, outputs, initializers)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+class Stock:
+    """A pair in stock ONNX Runtime on a stream of ours, with its input and output on the GPU."""
+
+    def __init__(self, cuda: Any, chain: Chain, nhwc: bool) -> None:
+        import onnxruntime as ort
+
+        model = model_of(chain, nhwc)
+        flags = {"cudnn_conv_algo_search": "EXHAUSTIVE", "prefer_nhwc": str(int(nhwc)), "use_tf32": "1",
+                 "user_compute_stream": str(cuda.stream.value)}  # fmt: skip
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        providers: list[Any] = [("CUDAExecutionProvider", flags), "CPUExecutionProvider"]
+        self.session = ort.InferenceSession(model.SerializeToString(), options, providers=providers)
+        self.options = ort.RunOptions()
+        self.options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+        self.binding = self.session.io_binding()
+        for value in (*model.graph.input, *model.graph.output):
+            dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+            data = np.random.default_rng(1).standard_normal(dims).astype(chain.dtype)
+            tensor = ort.OrtValue.ortvalue_from_numpy(data, "cuda", 0)
+            bind = self.binding.bind_ortvalue_input if value.name == "X" else self.binding.bind_ortvalue_output
+            bind(value.name, tensor)
+        for _ in range(3):
+            self.run()
+        cuda.synchronise()
+
+    def run(self) -> None:
+        self.session.run_with_iobinding(self.binding, self.options)
+
+
+def stock_times(jobs: Entry, deadline: float) -> None:
+    """Adds the microseconds of either layout to each pair. FcmError where none of the first few can be timed."""
+    from benchmarks.driver import Cuda
+
+    bench.require_provider("cuda")
+    cuda = Cuda()
+    faults: list[str] = []
+    for entry in jobs["chains"]:
+        if time.monotonic() > deadline:
+            break
+        entry["stock"] = {}
+        for layout in ("NCHW", "NHWC"):
+            try:
+                stock = Stock(cuda, chain_of(entry), layout == "NHWC")
+
+                def many(stock: Stock = stock) -> None:
+                    for _ in range(RUNS):
+                        stock.run()
+
+                times = cuda.time_graph(cuda.graph(many), replays=7)
+                entry["stock"][layout] = statistics.median(times) * 1e3 / RUNS
+            except Exception as error:  # onnxruntime raises its own types, by status code
+                faults.append(f"{layout}: {' '.join(str(error).split())[:300]}")
+        if len(faults) >= 6 and not any(other.get("stock") for other in jobs["chains"]):
+            raise FcmError(f"stock could not be timed: {faults[0]}; {faults[1]}")
+    if faults:
+        print(f"{len(faults)} sessions of stock failed, the first with {faults[0]}", file=sys.stderr)
+
+
+def launch(args: argparse.Namespace) -> None:
+    """Every pair once in stock's better layout, each after it a mark, in this process under ncu."""
+    from benchmarks.driver import Cuda
+
+    cuda, deadline = Cuda(), time.monotonic() + args.seconds
+    mark = ncu.Mark(cuda)
+    for entry in confirm.read(args.jobs)["chains"]:
+        times = entry.get("stock") or {}
+        if not times:
+            continue
+        if time.monotonic() > deadline:
+            break
+        stock = Stock(cuda, chain_of(entry), min(times, key=times.__getitem__) == "NHWC")
+        cuda.call("cuProfilerStart")
+        stock.run()
+        cuda.synchronise()
+        mark()
+        cuda.call("cuProfilerStop")
+
+
+def stock_traffic(jobs: Entry, path: Path, seconds: float) -> None:
+    """Adds the sums of the counters over a run's kernels to each pair that was timed."""
+    confirm.write(path, jobs)
+    command = [sys.executable, "-m", "benchmarks.paper", "launch", "--jobs", str(path), "--seconds", str(seconds)]
+    found = ncu.groups(ncu.profile(command, ["--profile-from-start", "off"]))
+    timed = [entry for entry in jobs["chains"] if entry.get("stock")]
+    for entry, kernels in zip(timed, found, strict=False):
+        entry["counted"] = total(kernels)
+        entry["kernels"] = [str(kernel["kernel"])[:60] for kernel in kernels]
+
+
+def total(kernels: list[ncu.Kernel]) -> dict[str, float]:
+    names = [name for name in (kernels[0] if kernels else {}) if name != "kernel"]
+    return {name: sum(float(kernel[name]) for kernel in kernels) for name in names}
+
+
+# ---- What it says ----------------------------------------------------------------------------------------------------
+
+
+def result(entry: Entry, modules: list[Entry]) -> dict[str, Any] | None:
+    """Stock's time over ours (`ratio`), accesses `saved` and `possible` as shares of stock's, and how it is planned;
+    None where a part was not measured, or the planner leaves a layer to stock."""
+    mine = [modules[i] for i in entry["plan"]]
+    if entry["left"] or not entry.get("stock") or any(len(module["tiles"][0]) < 3 for module in mine):
+        return None
+    us = sum(module["tiles"][0][2] for module in mine)
+    layout = min(entry["stock"], key=entry["stock"].__getitem__)
+    found: dict[str, Any] = {"ratio": entry["stock"][layout] / us, "stock": entry["stock"][layout], "us": us}
+    found |= {"fused": len(mine) == 1, "layout": layout, "saved": None, "possible": None}
+    if entry.get("counted") and all("counted" in module for module in mine):
+        before = entry["counted"]["lts__t_bytes.sum"]
+        after = sum(module["counted"]["lts__t_bytes.sum"] for module in mine)
+        least = confirm.whole(chain_of(entry)).compulsory_bytes
+        found |= {"saved": 1 - after / before, "possible": 1 - least / before}
+    return found
+
+
+def table(data: Entry) -> list[str]:
+    """Rows of pairs, both types side by side, and what they say together."""
+    by_pair: dict[str, dict[str, Any]] = {}
+    shape: dict[str, str] = {}
+    for entry in data["chains"]:
+        chain = chain_of(entry)
+        name = ", ".join(entry["names"][:2]) + (f" and {len(entry['names']) - 2} more" if entry["names"][2:] else "")
+        by_pair.setdefault(name, {})[chain.dtype] = result(entry, data["modules"])
+        shape[name] = confirm.name_of(chain).removeprefix("1x ")
+    head = "time, stock over ours | accesses saved | possible"
+    lines = [
+        "| pair | layers | " + " | ".join(f"{dtype}: {head}" for dtype in DTYPES) + " |",
+        "|---|---|" + "---:|" * 3 * len(DTYPES),
+    ]
+
+    def cells(found: dict[str, Any] | None) -> str:
+        if not found:
+            return "- | - | -"
+        ratio = f"{found['stock']:.1f} / {found['us']:.1f} = {found['ratio']:.2f}" + (
+            "" if found["fused"] else " (two)"
+        )
+        return " | ".join([ratio, *("-" if found[k] is None else f"{found[k]:.0%}" for k in ("saved", "possible"))])
+
+    lines += [
+        f"| {name} | {shape[name]} | " + " | ".join(cells(found.get(dtype)) for dtype in DTYPES) + " |"
+        for name, found in by_pair.items()
+    ]
+    for dtype in DTYPES:
+        known = [found[dtype] for found in by_pair.values() if found.get(dtype)]
+        if not known:
+            continue
+        ratios = [item["ratio"] for item in known]
+        slower = sum(item["ratio"] < 1 for item in known if item["fused"])
+        mean = math.exp(statistics.mean(map(math.log, ratios)))
+        text = (
+            f"**{dtype}**, {len(known)} pairs: stock's time over ours {max(ratios):.2f} at best, {mean:.2f} in the "
+            f"geometric mean, {min(ratios):.2f} at worst; {sum(item['fused'] for item in known)} fused, {slower} of "
+            "them slower than stock."
+        )
+        counted = [item for item in known if item["saved"] is not None]
+        if counted:
+            saved = [item["saved"] for item in counted]
+            share = statistics.median(item["saved"] / item["possible"] for item in counted)
+            text += (
+                f" Accesses saved: {max(saved):.0%} at best, {statistics.median(saved):.0%} in the median, "
+                f"{min(saved):.0%} at worst; {share:.0%} of what is possible, in the median."
+            )
+        lines += ["", text]
+    return lines
+
+
+def render(path: Path = RESULTS) -> str:
+    """The table of docs/paper.md as Markdown."""
+    if not path.exists():
+        return "Not measured yet.\n"
+    data = confirm.read(path)
+    where = data["environment"]
+    note = f"Measured on {where['gpu']}, ONNX Runtime {where['onnxruntime']}, cuDNN {where['cudnn']}, CUDA driver "
+    note += f"{where['cuda_driver']}, {where['date'][:10]}, revision {where['revision']}."
+    return "\n".join([*table(data), "", note, ""])
+
+
+def run(args: argparse.Namespace) -> None:
+    started = time.monotonic()
+    if not args.jobs.exists():
+        confirm.write(args.jobs, prepare(args))
+    jobs = confirm.read(args.jobs)
+    jobs["environment"] = bench.environment()
+    print(f"{dict(confirm.timing(jobs, started + args.seconds))} in {time.monotonic() - started:.0f} s", flush=True)
+    parts: list[Callable[[], None]] = [
+        lambda: confirm.traffic(jobs, args.jobs),
+        lambda: stock_times(jobs, started + 0.7 * args.seconds),
+        lambda: stock_traffic(jobs, args.jobs, started + args.seconds - time.monotonic()),
+    ]
+    for part in parts:
+        try:
+            part()
+        except FcmError as error:
+            print(error, file=sys.stderr)
+        print(f"{time.monotonic() - started:.0f} s", flush=True)
+        confirm.write(args.out, jobs)
+    print("\n".join(line for line in table(jobs) if line.startswith("**")))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["prepare", "run", "launch", "show"])
+    parser.add_argument("--jobs", type=Path, default=JOBS)
+    parser.add_argument("--gpu", default="H200")
+    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    try:
+        if args.command == "prepare":
+            confirm.write(args.jobs, prepare(args))
+        elif args.command == "launch":
+            launch(args)
+        elif args.command == "show":
+            print(render(args.out))
+        else:
+            run(args)
+    except (FcmError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""benchmarks.paper on a machine without a GPU: its pairs, stock's models, and what it makes of measurements."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from ort_fcm.planner import gpu
+
+from benchmarks import confirm, paper
+from benchmarks.convolution import activate, conv2d
+
+H200 = gpu("H200")
+
+
+def test_pairs_are_those_of_the_file() -> None:
+    rows = paper.rows()
+    assert len(rows) == 145 and {row["model"] for row in rows} == {
+        "MobileNetV1", "MobileNetV2", "Xception", "ProxylessNAS-GPU",
+    }  # fmt: skip
+    for row in rows:
+        chain = paper.pair(row, "float16")
+        confirm.whole(chain)  # a kernel computes it in one
+        side = int(row["H"])
+        assert chain.maps()[0] == (side, side) and chain.maps()[-1] == (side // int(row["stride"]),) * 2
+        assert [part.out_channels for part in chain.layers] == [int(row["C_mid"]), int(row["C_out"])]
+
+
+@pytest.mark.parametrize("number", [0, 1, 19, 24, 90])
+def test_stocks_models_compute_the_pair_in_either_layout(number: int) -> None:
+    chain = paper.pair(paper.rows()[number], "float32")
+    rng = np.random.default_rng(number)
+    x = rng.standard_normal((1, chain.layers[0].in_channels, chain.height, chain.width)).astype(np.float32)
+    results = []
+    for nhwc in (False, True):
+        model = paper.model_of(chain, nhwc)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        (y,) = session.run(None, {"X": x.transpose(0, 2, 3, 1) if nhwc else x})
+        results.append(y.transpose(0, 3, 1, 2) if nhwc else y)
+    from onnx import numpy_helper
+
+    values = {
+        t.name: numpy_helper.to_array(t).astype(np.float64) for t in paper.model_of(chain, False).graph.initializer
+    }
+    expected = x.astype(np.float64)
+    for i, part in enumerate(chain.layers):
+        groups = part.in_channels if part.kind == "dw" else 1
+        expected = conv2d(expected, values[f"W{i}"], part.stride, part.dilation, part.pads, groups)
+        expected = activate(expected + values[f"B{i}"][:, None, None], part.activation, 0.0, 6.0)
+    for y in results:
+        assert y.shape == expected.shape
+        assert np.linalg.norm(y - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+def test_a_table_of_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stock takes 6 us in NHWC, ours 2 us a module; stock moves 10 times, ours twice what must move."""
+    chosen = paper.rows()[:4]
+    monkeypatch.setattr(paper, "rows", lambda: chosen)
+    data: dict[str, Any] = paper.prepare(argparse.Namespace(gpu="H200"))
+    assert len(data["chains"]) == 8
+    for entry in data["chains"]:
+        least = confirm.whole(confirm.chain_of(entry)).compulsory_bytes
+        entry["stock"] = {"NCHW": 9.0, "NHWC": 6.0}
+        entry["counted"] = {"lts__t_bytes.sum": 10.0 * least}
+        for i in entry["plan"]:
+            data["modules"][i]["tiles"][0] += [2.0, 64]
+            data["modules"][i]["counted"] = {"lts__t_bytes.sum": 2.0 * least / len(entry["plan"])}
+        found = paper.result(entry, data["modules"])
+        assert found and found["layout"] == "NHWC"
+        assert [found["ratio"], found["saved"], found["possible"]] == pytest.approx([3 / len(entry["plan"]), 0.8, 0.9])
+        assert found["fused"] == (len(entry["plan"]) == 1)
+    text = "\n".join(paper.table(data))
+    assert text.count("| MobileNetV1") == 4 and "89% of what is possible" in text
+    del data["chains"][0]["stock"]
+    assert paper.result(data["chains"][0], data["modules"]) is None
+    data["environment"] = dict.fromkeys(("gpu", "onnxruntime", "cudnn", "cuda_driver", "date", "revision"), "x")
+    confirm.write(tmp_path / "paper.json.xz", data)
+    assert "| -" in paper.render(tmp_path / "paper.json.xz")
+    assert paper.render(tmp_path / "none") == "Not measured yet.\n"
