@@ -1,8 +1,9 @@
 """Choose which tensors are channels-last, and rewrite the nodes between modules to match.
 
 A module runs channels-last, and can read or write [N, C, H, W] itself at some cost; elementwise nodes, Concat,
-reductions and some others run in either layout; every other node needs [N, C, H, W], pools and Resize among them: ONNX
-Runtime's CUDA kernels for these are not channels-last, and a ReduceMean for a global pool would be several slow ones.
+reductions and some others run in either layout; every other node needs [N, C, H, W], pools and most Resizes among them:
+ONNX Runtime's CUDA kernels for these are not channels-last, and a ReduceMean for a global pool would be several slow
+ones.
 A tensor whose producer and users disagree costs a Transpose. The cheapest choice for the whole graph is a minimum cut
 between the two layouts.
 
@@ -140,7 +141,7 @@ def _cost(view: View, tensor: str) -> int:
 def channels_last(view: View, node: NodeProto) -> Flexible | None:
     if node.domain not in ("", "ai.onnx", "com.microsoft"):
         return None
-    for rule in (elementwise, concat, channel_axis, cut_out, reduction, flatten, transpose, shape_of):
+    for rule in (elementwise, concat, channel_axis, cut_out, resize, reduction, flatten, transpose, shape_of):
         if (way := rule(view, node)) is not None:
             return way
     return None
@@ -220,6 +221,39 @@ def cut_out(view: View, node: NodeProto) -> Flexible | None:
 
     def build(store: Callable[[Array], str]) -> list[NodeProto]:
         return [_changed(node, [nhwc(name), *node.input[1:3], store(moved), *node.input[4:]], [output])]
+
+    return Flexible((name, output), build)
+
+
+def resize(view: View, node: NodeProto) -> Flexible | None:
+    """Resize to the nearest: ONNX Runtime's kernels of the other modes know rows and columns by their position."""
+    values = attributes(node)
+    if node.op_type not in ("Resize", "Upsample") or values.get("mode", "nearest") != "nearest":
+        return None
+    if values.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        return None
+    name, output = view.name(node.input[0]), node.output[0]
+    if view.tensor(name) is not None or any(view.rank(n) != 4 for n in (name, output)):
+        return None
+    axes = values.get("axes", range(4))  # those that scales and sizes are of
+    if "axes" in values and (any(node.input[3:]) or view.tensor(node.input[2]) is None):
+        return None
+    if values.get("keep_aspect_ratio_policy", "stretch") != "stretch":
+        return None
+
+    def build(store: Callable[[Array], str]) -> list[NodeProto]:
+        nodes, inputs = [], [nhwc(name), *node.input[1:]]
+        for slot, other in enumerate(node.input[1:], 1):
+            value = view.constant(other)
+            if value is not None and value.size == len(axes):  # others are empty, or a region of no meaning
+                whole = np.ones(4, value.dtype)
+                whole[[axis % 4 for axis in axes]] = value
+                inputs[slot] = store(whole[TO_NHWC])
+            elif value is None and other:
+                inputs[slot] = f"{output}/nhwc_{slot}"
+                order = store(np.array(TO_NHWC, np.int64))
+                nodes.append(helper.make_node("Gather", [other, order], [inputs[slot]], name=inputs[slot]))
+        return [*nodes, _changed(node, inputs, [output], axes=None)]
 
     return Flexible((name, output), build)
 

@@ -68,6 +68,13 @@ def between(net: Net, x: str, y: str) -> dict[str, Callable[[], list[str]]]:
             net.op("Slice", net.op("Add", x, y), *(net.const(v, np.int64) for v in ([1, 0], [7, 9], [1, -2], [2, 1])))
         ],
         "pool and scale": lambda: [net.op("Mul", x, net.op("Sigmoid", net.op("GlobalAveragePool", y)))],
+        "resize": lambda: [net.op("Resize", net.op("Add", x, y), "", net.const([1, 1, 2, 0.5], np.float32))],
+        "resize to a size": lambda: [
+            net.op("Resize", net.op("Add", x, y), "", "", net.const([1, 8, 5, 23], np.int64), nearest_mode="ceil")
+        ],
+        "resize to a size found": lambda: [
+            net.op("Resize", x, "", "", net.op("Shape", net.op("Concat", y, y, axis=2)), mode="nearest")
+        ],
         "reduce": lambda: [net.op("Mul", x, net.op("ReduceMax", y, axes=[3]))],
     }
 
@@ -86,6 +93,38 @@ def test_nodes_between_modules(name: str, fuse: Fuse, seed: int) -> None:
     assert ops(result.model)["Transpose"] == (name == "pool and scale")
     if name != "pool and scale":
         assert all(item.split()[1] == "NHWC" for item in layouts(result.model)[:2])
+    assert_same(model, result.model, seed)
+
+
+@pytest.mark.parametrize("opset, build", [
+    (9, lambda n, x: n.op("Upsample", x, n.const([1, 1, 2, 3]))),
+    (10, lambda n, x: n.op("Resize", x, n.const([1, 1, 0.5, 3]))),
+    (18, lambda n, x: n.op("Resize", x, "", n.const([3, 2]), axes=[-1, 2], nearest_mode="floor")),
+])  # fmt: skip
+def test_every_form_of_resize(opset: int, build: Callable[[Net, str], str], fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed, opset=opset)
+    x = build(net, net.depthwise(net.conv(net.input("n", 8, "h", "w"), 8)))
+    net.channels[x] = 8
+    net.output(net.conv(net.depthwise(x), 8))
+    model = net.model()
+    result = fuse(model)
+    assert "Transpose" not in ops(result.model)
+    assert [item.split()[1] for item in layouts(result.model)] == ["NHWC", "NCHW"]
+    assert_same(model, result.model, seed)
+
+
+@pytest.mark.parametrize("options", [
+    {"mode": "linear"}, {"mode": "cubic"}, {"mode": "linear", "coordinate_transformation_mode": "align_corners"},
+    {"coordinate_transformation_mode": "tf_crop_and_resize"},
+])  # fmt: skip
+def test_other_resizes_stay(options: dict[str, str], fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    region = net.const([0, 0, 0, 0, 1, 1, 0.6, 0.7])
+    x = net.op("Resize", net.conv(net.input(1, 8, 9, 9), 8), region, net.const([1, 1, 2, 2]), **options)
+    net.output(net.depthwise(x))
+    model = net.model()
+    result = fuse(model)
+    assert layouts(result.model) == ["NCHW NCHW", "NCHW NCHW"]
     assert_same(model, result.model, seed)
 
 
