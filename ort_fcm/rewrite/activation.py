@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import NodeProto, TensorProto
 
-from ort_fcm.rewrite.graph import Array, View, attributes
+from ort_fcm.rewrite.graph import Array, View, attributes, operator
 
 MOST_NODES = 12  # of an activation: the tanh form of GELU has 8
 HUGE = float(np.finfo(np.float32).max)  # stands for "no bound" in a clip
@@ -108,7 +108,7 @@ def _evaluate(node: NodeProto, args: list[Array]) -> Array | None:
         "Min": lambda: np.minimum(x, args[1]),
         "Max": lambda: np.maximum(x, args[1]),
     }
-    return table[node.op_type]() if node.op_type in table else None
+    return table[operator(node)]() if operator(node) in table else None
 
 
 def activation_after(view: View, tensor: str, channels: int) -> Activation:
@@ -173,7 +173,7 @@ def _recognise(f: Array, tolerance: float) -> tuple[str, float, float] | None:
 def _prelu(view: View, tensor: str, channels: int) -> Activation | None:
     """PRelu with a constant slope, one for all channels or one each."""
     use = view.only_use(tensor)
-    if use is None or use[1] != 0 or view.nodes[use[0]].op_type != "PRelu":
+    if use is None or use[1] != 0 or operator(view.nodes[use[0]]) != "PRelu":
         return None
     node = view.nodes[use[0]]
     slope = view.tensor(node.input[1])

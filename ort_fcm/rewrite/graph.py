@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 
 from ort_fcm.rewrite.shapes import Shapes
 
@@ -25,6 +27,8 @@ UNARY = {
     "Sign", "ThresholdedRelu", "Celu", "Cast", "FastGelu", "QuickGelu", "Identity", "Dropout", "BatchNormalization",
 }  # fmt: skip
 BINARY = {"Add", "Sub", "Mul", "Div", "Min", "Max", "Pow", "Sum", "Mean"}
+# What exporters and converters leave between a weight and its convolution.
+FOLDED = {"Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Add", "Sub", "Mul", "Div", "Sqrt", "Neg", "Expand"}
 POOLS = {"MaxPool", "AveragePool", "LpPool"}
 
 
@@ -32,6 +36,11 @@ def attributes(node: NodeProto) -> dict[str, Any]:
     """The node's attributes as Python values, strings decoded."""
     values = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
     return {name: value.decode() if isinstance(value, bytes) else value for name, value in values.items()}
+
+
+def operator(node: NodeProto) -> str:
+    """The node's operator. One of a domain that is not known here is like none that is, whatever its name."""
+    return node.op_type if node.domain in ("", "ai.onnx", "com.microsoft") else f"{node.domain}::{node.op_type}"
 
 
 def label(node: NodeProto) -> str:
@@ -64,6 +73,7 @@ class View:
         self.nodes = list(graph.node)
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
         self.alias: dict[str, str] = {}
+        self._constants: dict[str, onnx.TensorProto | None] = {}
         self.producer: dict[str, int] = {}
         self._uses: dict[str, list[tuple[int, int]]] = defaultdict(list)
         for index, node in enumerate(self.nodes):
@@ -103,7 +113,9 @@ class View:
             return None if name in self.overridable else self.initializers[name]
         if name in self.producer:
             node = self.nodes[self.producer[name]]
-            if node.op_type != "Constant" or not node.attribute[0].name.startswith("value"):
+            if operator(node) in FOLDED:
+                return self._folded(node)
+            if operator(node) != "Constant" or not node.attribute[0].name.startswith("value"):
                 return None
             value = helper.get_attribute_value(node.attribute[0])
             if isinstance(value, onnx.TensorProto):
@@ -112,6 +124,20 @@ class View:
         if self.outer is not None and name not in {value.name for value in self.graph.input}:
             return self.outer.tensor(name)
         return None
+
+    def _folded(self, node: NodeProto) -> onnx.TensorProto | None:
+        """The output of a node whose inputs are all constant."""
+        output = node.output[0]
+        if output not in self._constants:
+            feeds = {name: self.constant(name) for name in node.input if name}
+            self._constants[output] = None
+            if all(value is not None for value in feeds.values()):
+                opsets = [helper.make_opsetid("", self.opset)]
+                function = helper.make_function("folded", "f", list(feeds), [output], [node], opsets)
+                with suppress(Exception):  # its own, of many types: then it is a node like any other
+                    (value,) = ReferenceEvaluator(function).run(None, feeds, attributes={})
+                    self._constants[output] = numpy_helper.from_array(np.asarray(value), output)
+        return self._constants[output]
 
     def constant(self, name: str) -> Array | None:
         """The value of a constant tensor."""
@@ -162,10 +188,11 @@ class View:
             if size is None or len(size) != len(known):
                 continue
             same = all(self.size(other) == size or self.scalar(other) is not None for other in node.input)
-            if node.op_type in UNARY or (node.op_type in BINARY and same):
+            op = operator(node)
+            if op in UNARY or (op in BINARY and same):
                 derived = size
-            elif node.op_type in {"Conv", "FusedConv"} | POOLS and len(size) == 4:
-                channels = known[1] if node.op_type in ("Conv", "FusedConv") else size[1]
+            elif op in {"Conv", "FusedConv"} | POOLS and len(size) == 4:
+                channels = known[1] if op in ("Conv", "FusedConv") else size[1]
                 weight = self.size(node.input[1]) if len(node.input) > 1 else None
                 if "kernel_shape" not in attributes(node) and (weight is None or len(weight) != 4):
                     continue
@@ -176,8 +203,8 @@ class View:
 
 
 def _does_nothing(node: NodeProto) -> bool:
-    return node.op_type == "Identity" or (
-        node.op_type == "Dropout" and len(node.input) < 3 and not any(node.output[1:])
+    return operator(node) == "Identity" or (
+        operator(node) == "Dropout" and len(node.input) < 3 and not any(node.output[1:])
     )
 
 

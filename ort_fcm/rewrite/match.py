@@ -14,7 +14,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto
 
 from ort_fcm.rewrite.activation import Activation, activation_after
-from ort_fcm.rewrite.graph import Array, View, attributes
+from ort_fcm.rewrite.graph import Array, View, attributes, operator
 
 CONVOLUTIONS = ("Conv", "FusedConv", "ConvInteger", "QLinearConv")
 STEM_CHANNELS = 4  # a dense convolution over more input channels is better left to cuDNN
@@ -89,6 +89,8 @@ def chains(view: View) -> tuple[list[list[Stage]], dict[int, str]]:
 def stage(view: View, index: int) -> Stage | str:
     """The stage of the convolution at `index` without a residual, or why it is none."""
     node = view.nodes[index]
+    if operator(node) != node.op_type:
+        return f"an operator of domain {node.domain}"
     if node.op_type in ("ConvInteger", "QLinearConv"):
         return "integer convolutions are not fused"
     if view.opset < OLDEST_OPSET:
@@ -180,7 +182,7 @@ def pad_before(
     """Fold a Pad of zeros around the map into the convolution: (its input, pads, (its position,) or ())."""
     unchanged = source, pads, ()
     index = view.producer.get(source)
-    if index is None or view.nodes[index].op_type != "Pad":
+    if index is None or operator(view.nodes[index]) != "Pad":
         return unchanged
     node = view.nodes[index]
     values = attributes(node)
@@ -215,7 +217,7 @@ def affine_after(view: View, found: Stage) -> Stage:
 def channel_affine(view: View, use: tuple[int, int], channels: int) -> tuple[Array | float, Array | float] | None:
     """(a, b) where the node computes a * x + b for each channel."""
     node, slot = view.nodes[use[0]], use[1]
-    if node.op_type == "BatchNormalization" and slot == 0:
+    if operator(node) == "BatchNormalization" and slot == 0:
         values = attributes(node)
         stats = [view.constant(name) for name in node.input[1:5]]
         if any(s is None for s in stats) or values.get("training_mode", 0) or len([o for o in node.output if o]) > 1:
@@ -223,7 +225,7 @@ def channel_affine(view: View, use: tuple[int, int], channels: int) -> tuple[Arr
         gamma, beta, mean, variance = (s.astype(np.float64) for s in stats)  # type: ignore[union-attr]
         factor = gamma / np.sqrt(variance + values.get("epsilon", 1e-5))
         return factor, beta - mean * factor
-    if node.op_type not in ("Mul", "Div", "Add", "Sub") or slot < 0 or node.input[0] == node.input[1]:
+    if operator(node) not in ("Mul", "Div", "Add", "Sub") or slot < 0 or node.input[0] == node.input[1]:
         return None
     constant = view.constant(node.input[1 - slot])
     if constant is None or (node.op_type == "Div" and slot == 1):
@@ -258,7 +260,7 @@ def fused_conv(view: View, node: NodeProto, found: Stage) -> Stage | str:
 def with_residual(view: View, found: Stage, taken: set[int]) -> Stage:
     """The stage with the Add that follows, and the activation behind that, if the Add is of two equal shapes."""
     use = view.only_use(found.output)
-    if found.residual or use is None or use[0] in taken or view.nodes[use[0]].op_type not in ("Add", "Sum"):
+    if found.residual or use is None or use[0] in taken or operator(view.nodes[use[0]]) not in ("Add", "Sum"):
         return found
     node = view.nodes[use[0]]
     if len(node.input) != 2:

@@ -143,8 +143,10 @@ def _rewrite(
     """Rewrite in place."""
     if any(node.domain == DOMAIN and node.op_type == OP for node in model.graph.node):
         raise FcmError("the model has been rewritten already: it contains FusedConvModule nodes")
-    if any(node.op_type in CONVOLUTIONS for function in model.functions for node in function.node):
-        model.CopyFrom(inliner.inline_local_functions(model))
+    called = onnx.ModelProto()
+    if model.functions:
+        called.CopyFrom(model)
+        _inline(model)
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     overridable = {tensor.name for tensor in model.graph.initializer} & {value.name for value in model.graph.input}
     shapes = infer(model, batch)
@@ -161,6 +163,8 @@ def _rewrite(
         model.ir_version = max(model.ir_version, IR_VERSION)
         model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
         model.functions.extend(functions.protos())
+    elif called.functions:
+        model.CopyFrom(called)
     return tuple(plans)
 
 
@@ -170,6 +174,17 @@ def drop_overridable_inputs(graph: onnx.GraphProto) -> None:
     kept = [value for value in graph.input if value.name not in initializers]
     del graph.input[:]
     graph.input.extend(kept)
+
+
+def _inline(model: onnx.ModelProto) -> None:
+    """Put the bodies of local functions where these are called. The weights, which may exceed a message, stay."""
+    weights = [tensor.raw_data for tensor in model.graph.initializer]
+    for tensor in model.graph.initializer:
+        tensor.ClearField("raw_data")
+    model.CopyFrom(inliner.inline_local_functions(model))
+    for tensor, data in zip(model.graph.initializer, weights, strict=True):
+        if data:
+            tensor.raw_data = data
 
 
 def _views(graph: onnx.GraphProto, view: View) -> Iterator[View]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from onnx import NodeProto
 
-from ort_fcm.rewrite.graph import Array, View, attributes
+from ort_fcm.rewrite.graph import Array, View, attributes, operator
 
 MOST_NODES = 4
 MOST_ELEMENTS = 1 << 22  # of a tensor whose positions are followed
@@ -42,15 +42,15 @@ def channel_gather(view: View, index: int) -> tuple[str, Array] | None:
 
 def _step(view: View, node: NodeProto) -> Callable[[Array], Array] | None:
     """What the node does to an array; None unless it moves elements in a way known now."""
-    values = attributes(node)
-    if node.op_type == "Transpose" and "perm" in values:
+    values, op = attributes(node), operator(node)
+    if op == "Transpose" and "perm" in values:
         return lambda x: x.transpose(values["perm"])
     constant = view.constant(node.input[1]) if len(node.input) == 2 else None
     if constant is None:
         return None
-    if node.op_type == "Reshape" and not values.get("allowzero", 0):
+    if op == "Reshape" and not values.get("allowzero", 0):
         return lambda x: x.reshape([x.shape[i] if d == 0 else d for i, d in enumerate(constant.tolist())])
-    if node.op_type == "Gather" and constant.ndim == 0:
+    if op == "Gather" and constant.ndim == 0:
         return lambda x: np.take(x, int(constant), values.get("axis", 0))
     return None
 

@@ -104,6 +104,51 @@ def test_local_function(fuse: Fuse, seed: int) -> None:
     assert_same(model, result.model, seed)
 
 
+def test_functions_in_functions_and_in_branches(fuse: Fuse, seed: int) -> None:
+    """Every operator in a function of its own, a branch within a function, and a call within the branch."""
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
+
+    def function(name: str, inputs: list[str], nodes: list[onnx.NodeProto]) -> onnx.FunctionProto:
+        return helper.make_function("mine", name, inputs, ["z"], nodes, opsets)
+
+    def branch(name: str, *nodes: onnx.NodeProto) -> onnx.GraphProto:
+        return helper.make_graph(nodes, name, [], [helper.make_empty_tensor_value_info(f"{name}_y")])
+
+    pointwise = helper.make_node("Pointwise", ["x", "a"], ["then_y"], domain="mine")
+    plain = [helper.make_node("Conv", ["x", "a"], ["p"]), helper.make_node("Tanh", ["p"], ["else_y"])]
+    branches = {"then_branch": branch("then", pointwise), "else_branch": branch("else", *plain)}
+    choice = helper.make_node("If", ["c"], ["y"], **branches)
+    functions = [
+        function("Pointwise", ["x", "a"], [helper.make_node("Conv", ["x", "a"], ["y"]),
+                                           helper.make_node("Act", ["y"], ["z"], domain="mine")]),
+        function("Act", ["x"], [helper.make_node("Relu", ["x"], ["z"])]),
+        function("Either", ["x", "c", "a"], [choice, helper.make_node("Act", ["y"], ["z"], domain="mine")]),
+    ]  # fmt: skip
+    net = Net(seed=seed)
+    x = net.input(1, 8, 9, 9)
+    weight = net.const(net.rng.standard_normal((8, 8, 1, 1)))
+    condition = net.op("Greater", net.op("ReduceSum", x, keepdims=0), net.const(0))
+    y = net.op("Pointwise", x, weight, domain="mine")
+    y = net.op("Act", net.depthwise(y), domain="mine")
+    net.output(net.op("Either", y, condition, weight, domain="mine"))
+    graph = helper.make_graph(net.nodes, "net", net.inputs, net.outputs, net.initializers)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=functions)
+    result = fuse(model)
+    assert result.report.in_modules == result.report.convolutions == 4
+    assert ops(result.model)["FusedConvModule"] == 1  # the other two are in the branches
+    assert_same(model, result.model, seed)
+
+
+def test_a_model_of_functions_without_convolutions_is_left_as_it_is(fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    net.output(net.op("Act", net.input(1, 8, 9, 9), domain="mine"))
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
+    body = helper.make_function("mine", "Act", ["x"], ["y"], [helper.make_node("Relu", ["x"], ["y"])], opsets[:1])
+    graph = helper.make_graph(net.nodes, "net", net.inputs, net.outputs)
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=[body])
+    assert fuse(model).model == model
+
+
 ACTIVATIONS = ("none", "Relu", "HardSwish", "Sigmoid", "Tanh", "LeakyRelu", "Softsign")
 
 

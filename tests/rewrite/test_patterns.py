@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
@@ -338,7 +340,7 @@ def test_identity_dropout_and_constant_nodes(fuse: Fuse, seed: int) -> None:
     ("channel multiplier of 2", lambda n, x: n.conv(x, 16, 3, group=8)),
     ("grouped convolution (2 groups of 4", lambda n, x: n.conv(x, 16, 3, group=2)),
     ("dense 3x3 convolution over 8 channels", lambda n, x: n.conv(x, 16, 3)),
-    ("is computed by Mul", lambda n, x: n.op("Conv", x, n.op("Mul", n.const(np.ones((4, 8, 1, 1))), n.const(2)))),
+    ("is computed by Mul", lambda n, x: n.op("Conv", x, n.op("Mul", x, n.const(2)), group=1)),
 ])  # fmt: skip
 def test_reasons(reason: str, build: Callable[[Net, str], str], fuse: Fuse, seed: int) -> None:
     net = Net(seed=seed)
@@ -356,6 +358,72 @@ def test_one_and_three_dimensions_stay(shape: tuple[int, ...], kernel: tuple[int
     net.output(net.conv(net.input(*shape), 8, kernel, group=8), rank=len(shape))
     result = fuse(net.model())
     assert f"a {len(kernel)}-D convolution" in result.report.skipped[0].reason
+
+
+def test_weights_that_constants_make(fuse: Fuse, seed: int) -> None:
+    """Weights kept in float16, filters transposed and reshaped, a normalisation spelled out."""
+    net = Net(seed=seed)
+    x = net.input(1, 8, 9, 9)
+    stored = net.const(net.rng.standard_normal((12, 8)), np.float16)
+    weight = net.op("Reshape", net.op("Cast", stored, to=TensorProto.FLOAT), net.const([12, 8, 1, 1], np.int64))
+    x = net.op("Relu", net.op("Conv", x, weight))
+    scale = net.op("Div", net.const(net.rng.standard_normal((12, 1))), net.op("Sqrt", net.const(np.full((1, 1), 2.0))))
+    last = net.op("Transpose", net.const(net.rng.standard_normal((3, 3, 12, 1))), perm=[2, 3, 0, 1])
+    scaled = net.op("Mul", last, net.op("Unsqueeze", scale, net.const([2, 3], np.int64)))
+    net.output(net.op("Conv", x, scaled, net.op("Neg", net.const(net.rng.standard_normal(12))), group=12))
+    model = net.model()
+    result = fuse(model)
+    assert ops(result.model) == {"FusedConvModule": 1} and modules(result.model)[0]["stages"] == "pw-dw"
+    assert_same(model, result.model, seed)
+
+
+def test_names_of_other_domains_mean_nothing(fuse: Fuse, seed: int) -> None:
+    """A local function that is called Relu, and is none."""
+    net = Net(seed=seed)
+    x = net.conv(net.input(1, 8, 9, 9), 8)
+    x = net.op("Relu", x, domain="mine")
+    net.channels[x] = 8
+    net.output(net.op("Add", net.depthwise(x), x, domain="mine"))
+    bodies = {
+        "Relu": helper.make_function("mine", "Relu", ["x"], ["y"], [helper.make_node("Abs", ["x"], ["y"])],
+                                     [helper.make_opsetid("", 17)]),
+        "Add": helper.make_function("mine", "Add", ["a", "b"], ["y"], [helper.make_node("Sub", ["a", "b"], ["y"])],
+                                    [helper.make_opsetid("", 17)]),
+    }  # fmt: skip
+    graph = helper.make_graph(net.nodes, "net", net.inputs, net.outputs, net.initializers)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=list(bodies.values()))
+    result = fuse(model)
+    assert ops(result.model) | {"Transpose": 1} == {"FusedConvModule": 2, "Abs": 1, "Sub": 1, "Transpose": 1}
+    assert_same(model, result.model, seed)
+
+
+LEVELS = ("ORT_ENABLE_BASIC", "ORT_ENABLE_EXTENDED", "ORT_ENABLE_ALL")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_model_that_was_optimised_already(level: str, tmp_path: Path, fuse: Fuse, seed: int) -> None:
+    """As ONNX Runtime writes it: with FusedConv, or in a layout of its own for the CPU, which is left alone."""
+    net = Net(seed=seed)
+    x = net.op("Relu", net.conv(net.input("n", 3, 33, 33), 16, 3, strides=[2, 2]))
+    for activation in ("LeakyRelu", "HardSigmoid", "Tanh"):
+        y = net.op("Relu", net.batch_norm(net.depthwise(net.op(activation, net.conv(x, 32)), bias=False)))
+        x = net.op("Relu", net.op("Add", net.conv(y, 16), x))
+    net.output(x)
+    model = net.model()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+    onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    optimised = onnx.load(tmp_path / "optimised.onnx")
+    result = fuse(optimised)
+    nchwc = sum(node.domain == "com.microsoft.nchwc" and node.op_type == "Conv" for node in optimised.graph.node)
+    assert result.report.convolutions == result.report.in_modules + nchwc == 10
+    assert all("an operator of domain com.microsoft.nchwc" in item.reason for item in result.report.skipped)
+    if level != "ORT_ENABLE_ALL":
+        assert nchwc == 0 and ops(result.model)["FusedConvModule"] == 4
+    assert_same(model, result.model, seed)
 
 
 def test_double_stays(fuse: Fuse, seed: int) -> None:
