@@ -357,14 +357,15 @@ class Session:
         self.provider = provider
         self.xp: Any = np
         providers: list[Any] = ["CPUExecutionProvider"]
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
         if provider == "cuda":
             import cupy
 
             self.xp = cupy
+            options.intra_op_num_threads = 1  # for one node; tests have many sessions at once, whose idle threads spin
             flags = {"enable_cuda_graph": str(int(graph)), "use_tf32": str(int(case.dtype == "tf32"))}
             providers.insert(0, ("CUDAExecutionProvider", flags))
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
         options.register_custom_ops_library(str(library_path()))
         model = model_of(case, data, dynamic)
         self.session = ort.InferenceSession(model.SerializeToString(), options, providers=providers)

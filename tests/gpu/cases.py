@@ -26,6 +26,12 @@ def _pick(rng: np.random.Generator, *values: int) -> int:
     return int(rng.choice(values))
 
 
+def _bounded(kernel: int, stride: int, dilation: int) -> int:
+    """The dilation, or the largest with which 8 pixels of a depthwise reach over 24: a stage before it is unrolled over
+    that halo region, and larger ones take minutes to compile."""
+    return max(d for d in (1, 2, 3) if d == 1 or (d <= dilation and 7 * stride + d * (kernel - 1) < 24))
+
+
 def _stage(kind: str, c_in: int, activation: str, rng: np.random.Generator, first: bool) -> Stage:
     c_out = c_in if kind == "dw" else int(rng.integers(1, 80))
     params, bias = params_of(activation, rng), bool(rng.random() < 0.8)
@@ -33,14 +39,16 @@ def _stage(kind: str, c_in: int, activation: str, rng: np.random.Generator, firs
         stride = (_pick(rng, 1, 1, 1, 2), _pick(rng, 1, 1, 1, 2)) if first else (1, 1)
         return Stage(kind, c_in, c_out, stride=stride, activation=activation, params=params, bias=bias)
     kernel = (_pick(rng, 3, 3, 5, 7), _pick(rng, 3, 3, 5, 7)) if rng.random() < 0.4 else (_pick(rng, 3, 3, 5, 7),) * 2
+    stride = (_pick(rng, 1, 1, 2), _pick(rng, 1, 1, 2))
     dilation = (_pick(rng, 1, 1, 1, 2, 3), _pick(rng, 1, 1, 1, 2, 3))
+    if kind == "dw" and not first:
+        dilation = _bounded(kernel[0], stride[0], dilation[0]), _bounded(kernel[1], stride[1], dilation[1])
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if rng.random() < 0.6:  # as exporters pad
         pads = (reach[0] // 2, reach[1] // 2, reach[0] - reach[0] // 2, reach[1] - reach[1] // 2)
     else:
         pads = tuple(int(rng.integers(0, reach[i % 2] + 1)) for i in range(4))  # type: ignore[assignment]
-    return Stage(kind, c_in, c_out, (kernel[0], kernel[1]), (_pick(rng, 1, 1, 2), _pick(rng, 1, 1, 2)), dilation, pads,
-                 activation, params, bias)  # fmt: skip
+    return Stage(kind, c_in, c_out, (kernel[0], kernel[1]), stride, dilation, pads, activation, params, bias)
 
 
 def random_case(chain: str, dtype: str, number: int, seed: int, tile: str = "") -> Case:

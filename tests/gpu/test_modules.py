@@ -18,32 +18,28 @@ from ort_fcm.device import present_device
 from tests.gpu.cases import CHAINS, random_case
 
 
-def _types(provider: str) -> tuple[str, ...]:
-    return ("float16", "float32") if provider == "cpu" else ("float16", "tf32", "float32")
-
-
 @pytest.mark.parametrize("number", range(12), ids=ACTIVATIONS)
 @pytest.mark.parametrize("chain", CHAINS)
-def test_every_chain_and_activation(chain: str, number: int, provider: str, seed: int) -> None:
-    for dtype in _types(provider):
-        case = random_case(chain, dtype, number, seed)
-        data = data_of(case)
-        wrong = complaint(case, data, Session(case, data, provider).run(case, data), provider)
-        assert wrong is None, wrong
+def test_every_chain_and_activation(chain: str, number: int, where: tuple[str, str], seed: int) -> None:
+    provider, dtype = where
+    case = random_case(chain, dtype, number, seed)
+    data = data_of(case)
+    wrong = complaint(case, data, Session(case, data, provider).run(case, data), provider)
+    assert wrong is None, wrong
 
 
 @pytest.mark.parametrize("chain", CHAINS)
-def test_dynamic_shapes(chain: str, provider: str, seed: int) -> None:
+def test_dynamic_shapes(chain: str, where: tuple[str, str], seed: int) -> None:
     """One session, one kernel: any batch, height and width, in any order."""
-    for dtype in _types(provider):
-        case = random_case(chain, dtype, 100, seed)
-        data = data_of(case)
-        session = Session(case, data, provider, dynamic=True)
-        for batch, taller, wider in ((1, 0, 0), (3, 9, 2), (2, 1, 40), (1, 0, 0), (5, 30, 17)):
-            other = replace(case, batch=batch, h=case.h + taller, w=case.w + wider)
-            fresh = replace(data_of(other), weights=data.weights, biases=data.biases, slopes=data.slopes)
-            wrong = complaint(other, fresh, session.run(other, fresh), provider)
-            assert wrong is None, f"batch {batch}, {other.h} x {other.w}: {wrong}"
+    provider, dtype = where
+    case = random_case(chain, dtype, 100, seed)
+    data = data_of(case)
+    session = Session(case, data, provider, dynamic=True)
+    for batch, taller, wider in ((1, 0, 0), (3, 9, 2), (2, 1, 40), (1, 0, 0), (5, 30, 17)):
+        other = replace(case, batch=batch, h=case.h + taller, w=case.w + wider)
+        fresh = replace(data_of(other), weights=data.weights, biases=data.biases, slopes=data.slopes)
+        wrong = complaint(other, fresh, session.run(other, fresh), provider)
+        assert wrong is None, f"batch {batch}, {other.h} x {other.w}: {wrong}"
 
 
 @pytest.mark.parametrize("chain", CHAINS)
@@ -81,7 +77,7 @@ def test_tiles(chain: str, dtype: str, seed: int) -> None:
     pytest.importorskip("cupy")
     device = present_device()
     assert device is not None
-    case = random_case(chain, dtype, 103, seed)
+    case = random_case(chain, dtype, 113, seed)  # with a residual, a PRelu and activations that compile quickly
     data = data_of(case)
     ranked = list(planned(case, device.name))
     assert ranked, f"the planner has no tile: {case.to_line()}"

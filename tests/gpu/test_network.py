@@ -17,7 +17,7 @@ from ort_fcm import bench
 def test_mobilenetv2(dtype: str, batch: int, seed: int) -> None:
     bench.require_provider("cuda")
     stock = mobilenetv2.build(batch, dtype, seed=seed)
-    rewritten = ort_fcm.rewrite(stock).model
+    rewritten = ort_fcm.rewrite(stock, check=False).model  # checked below, and on the GPU
     kept: dict[str, dict[str, Array]] = {}
     result = bench.measure("mobilenetv2", stock, rewritten, runs=1, warmup=2, rounds=1, seed=seed, keep=kept)
     assert result.passed, f"seed {seed}: {result}"
