@@ -12,7 +12,7 @@
 
 namespace {
 
-constexpr fcm::Limits kUnlimited{1 << 30, true};
+constexpr fcm::Limits kUnlimited{1 << 30, true, true};
 
 template <class Work>
 int answer(const char** result, Work work) noexcept {
@@ -45,7 +45,7 @@ int ort_fcm_source(const char* module, const char** result) {
 
 int ort_fcm_resources(const char* module, const char* shared_limit, const char** result) {
   return answer(result, [&] {
-    const auto [spec, replaced] = fit(module, {std::stoi(shared_limit), true});
+    const auto [spec, replaced] = fit(module, {std::stoi(shared_limit), true, true});
     return fcm::text("tile=", tile_text(spec.tile), "\nthreads=", threads(spec), "\nshared_bytes=", shared_bytes(spec),
                      "\nreplaced=", replaced, "\n");
   });

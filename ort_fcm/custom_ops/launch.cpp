@@ -37,6 +37,7 @@ Gpu current_gpu() {
                 "asking for the GPU's multiprocessors");
   gpu.capability = 10 * major + minor;
   gpu.limits.clusters = gpu.capability >= 90;
+  gpu.limits.warpgroups = gpu.capability == 90;
   return gpu;
 }
 

@@ -55,7 +55,7 @@ std::string kernel_source(const Spec& s) {
   set("tile.patch_h", t.patch_h), set("tile.chunk", t.chunk);
   set("tile.warps_m", t.warps_m), set("tile.warps_n", t.warps_n), set("tile.block_n", t.block_n);
   set("tile.split", t.split), set("tile.blocks", t.blocks);
-  set("tile.resident", t.resident);
+  set("tile.resident", t.resident), set("tile.wgmma", t.wgmma);
   return out + "  return s;\n}\n\nFCM_MODULE(make_spec)\n";
 }
 

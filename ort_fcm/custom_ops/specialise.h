@@ -11,6 +11,7 @@ namespace fcm {
 struct Limits {
   int shared_bytes;  // that a thread block may ask for
   bool clusters;     // sm_90 and later
+  bool warpgroups;   // wgmma: sm_90 alone
 };
 
 // A module without its weights, as the kernels see it; the tile is not filled in.

@@ -21,6 +21,7 @@ constexpr TileField kFields[] = {
     {"patch_h", &Tile::patch_h, 1, 64}, {"chunk", &Tile::chunk, 1, 1 << 20},     {"warps_m", &Tile::warps_m, 1, 64},
     {"warps_n", &Tile::warps_n, 1, 64}, {"block_n", &Tile::block_n, 0, 1 << 20}, {"split", &Tile::split, 1, 64},
     {"blocks", &Tile::blocks, 1, 64},   {"resident", &Tile::resident, 0, 1},
+    {"wgmma", &Tile::wgmma, 0, 1},
 };
 
 void set_field(Tile& tile, const std::string& word) {
@@ -63,6 +64,7 @@ std::string misfit(const Spec& spec, const Limits& limits) {
   if (oversized(spec)) return "it is far too large for shared memory";
   if (const char* reason = illegal(spec)) return reason;
   if (t.split > 1 && !limits.clusters) return "split needs thread block clusters (sm_90)";
+  if (t.wgmma && !limits.warpgroups) return "wgmma needs compute capability 9.0";
   if (shared_bytes(spec) > limits.shared_bytes)
     return text("it takes ", shared_bytes(spec), " bytes of shared memory of ", limits.shared_bytes);
   return "";

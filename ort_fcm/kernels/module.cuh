@@ -39,13 +39,16 @@ struct Module {
   // Whether the next tile's input is fetched while the last chunk of this one is computed.
   static constexpr bool kFetchesAhead = kAhead || (!kFirst && S.depthwise) || kStreams;
 
-  // Shared memory: what first reads, two of each buffer, and the weights.
-  static constexpr int kStagedAt = first_input_bytes(S);
-  static constexpr int kHaloAt = kStagedAt + staged_bytes(S);
-  static constexpr int kExchangeAt = kHaloAt + 2 * halo_bytes(S);
-  static constexpr int kFirstAt = kExchangeAt + 2 * exchange_bytes(S);
-  static constexpr int kDepthwiseAt = kFirstAt + weight_buffers(S) * first_chunk_bytes(S);
-  static constexpr int kProjectAt = kDepthwiseAt + weight_buffers(S) * depthwise_chunk_bytes(S);
+  static constexpr bool kWgmma = S.tile.wgmma;
+
+  // Shared memory: what a warpgroup multiplies comes first, since it must start at a multiple of kFragment.
+  static constexpr int kExchangeAt = 0;  // two
+  static constexpr int kProjectAt = kExchangeAt + 2 * exchange_bytes(S);
+  static constexpr int kInputAt = kProjectAt + weight_buffers(S) * project_chunk_bytes(S);
+  static constexpr int kFirstAt = kInputAt + first_input_bytes(S);
+  static constexpr int kHaloAt = kFirstAt + weight_buffers(S) * first_chunk_bytes(S);  // two
+  static constexpr int kStagedAt = kHaloAt + 2 * halo_bytes(S);
+  static constexpr int kDepthwiseAt = kStagedAt + staged_bytes(S);
 
   const Params& p;
   char* const shared;
@@ -80,7 +83,8 @@ struct Module {
 
   FCM_DEVICE int chunk(int step) const { return chunk0 + step * chunk_step; }
   FCM_DEVICE static int groups(int chunk) {
-    if constexpr (packed_groups(S) == middle_groups(S)) return kChunkGroups;
+    // Products of a warpgroup must not depend on a branch: they take groups that pad a chunk as well, all of zeros.
+    if constexpr (kWgmma || packed_groups(S) == middle_groups(S)) return kChunkGroups;
     return min(kChunkGroups, middle_groups(S) - chunk * kChunkGroups);
   }
   FCM_DEVICE char* halo_buffer(int step) const { return shared + kHaloAt + ((phase + step) & 1) * halo_bytes(S); }
@@ -99,7 +103,7 @@ struct Module {
   }
   // Fragment of patch row `py`, pixel `side`, of group gi in the exchange buffer.
   FCM_DEVICE static int exchange_offset(int gi, int py, int side) {
-    return (((L::warp_m() * kChunkGroups + gi) * P + py) * 2 + side) * kFragment + L::lane() * 16;
+    return (((gi * P + py) * S.tile.warps_m + L::warp_m()) * 2 + side) * kFragment + swizzled(L::row(), L::column());
   }
 
   // ---- Copies
@@ -235,6 +239,10 @@ struct Module {
   // ---- Stages
 
   FCM_DEVICE void load_first_input(const T& at) {
+    if constexpr (kWgmma) {
+      copy_first_input(at);
+      return;
+    }
     [[maybe_unused]] const typename In::Staged staged(shared + kStagedAt, at.halo_x());
     FCM_UNROLL
     for (int i = 0; i < kFirstTiles; ++i) {
@@ -264,7 +272,7 @@ struct Module {
   }
   // Written and read by the same lane.
   FCM_DEVICE static int first_offset(int i, int kg, int side) {
-    return (((L::warp() * kFirstTiles + i) * kFirstGroups + kg) * 2 + side) * kFragment + L::lane() * 16;
+    return kInputAt + (((L::warp() * kFirstTiles + i) * kFirstGroups + kg) * 2 + side) * kFragment + L::lane() * 16;
   }
   FCM_DEVICE Vec first_fragment(int i, int kg, int side) const {
     if constexpr (kFirstRegisters) return first_input[i][kg][side];
@@ -334,6 +342,112 @@ struct Module {
         *(Vec*)(halo + gi * halo_plane_bytes(S) + halo_offsets[i + m][side]) =
             L::pack(c[m], side, S.first_act, first_slope(buffer, gi));
     }
+  }
+
+  // ---- Products of warpgroups
+
+  static constexpr int kWarpgroups = kThreads / 128, kFirstRows = kWgmma && kFirst ? first_rows(S) : 0;
+  static constexpr int kFirstN = kChunkGroups * kGroup;
+  // Tiles of `first` whose results are in registers at once.
+  static constexpr int kBatch = min(kFirstTiles, max(1, 64 / (kFirstN / 2)));
+
+  FCM_DEVICE static int warpgroup() { return warp_uniform(thread_index() / 128); }
+  FCM_DEVICE static int first_row(int i) { return (warpgroup() + i * kWarpgroups) * 64; }
+
+  // X under the halo region: of each group of channels, a row of 64 bytes a pixel.
+  FCM_DEVICE void copy_first_input(const T& at) {
+    if constexpr (kWgmma && kFirst) {
+      FCM_UNROLL
+      for (int i0 = 0; i0 < kFirstRows * 4; i0 += kThreads) {
+        const int i = i0 + thread_index(), row = i / 4, column = i % 4;
+        if (row >= round_up(at.halo_pixels(), 64)) break;
+        const Pixel q = at.halo_pixel(row);
+        FCM_UNROLL
+        for (int kg = 0; kg < kFirstGroups; ++kg) {
+          const int k = kg * kGroup + column * L::kLane;
+          const bool valid = q.valid && k < S.c_in;
+          copy_async(shared + kInputAt + (kg * kFirstRows + row / 8 * 8) * 64 + swizzled(row % 8, column),
+                     valid ? In::address(p, S.first_window, q.n, q.y, q.x, k) : (const char*)p.x, valid);
+        }
+      }
+      FCM_UNROLL
+      for (int i = 0; i < kFirstTiles; ++i) {
+        FCM_UNROLL
+        for (int side = 0; side < 2; ++side) {
+          const Pixel q = at.halo_pixel(first_row(i) + L::warp() % 4 * 16 + side * 8 + L::row());
+          halo_offsets[i][side] = at.halo_offset(q) + L::column() * 16;
+        }
+      }
+    }
+  }
+  // Starts the products of chunk `step` for the tiles of a batch.
+  FCM_DEVICE void start_first(float (&c)[kBatch][kChunkGroups][kBlocks8][4], int i0, int step) const {
+    const char* buffer = first_buffer(step);
+    const float* bias = (const float*)(buffer + kChunkGroups * first_group_bytes(S)) + L::column() * L::kLane;
+    FCM_UNROLL
+    for (int m = 0; m < kBatch; ++m) {
+      FCM_UNROLL
+      for (int gi = 0; gi < kChunkGroups; ++gi) L::start(c[m][gi], bias + gi * kGroup);
+    }
+    wgmma_fence();
+    FCM_UNROLL
+    for (int m = 0; m < kBatch; ++m) {
+      const int row = min(first_row(i0 + m), kFirstRows - 64);  // what is beyond has no place to go
+      FCM_UNROLL
+      for (int s = 0; s < kFirstSteps; ++s)
+        wgmma<kFirstN>(&c[m][0][0][0], shared + kInputAt + (s / 2 * kFirstRows + row) * 64,
+                       buffer + s / 2 * kFragment, kFirstGroups * kFragment, s % 2);
+    }
+    wgmma_commit();
+  }
+  FCM_DEVICE void finish_first(const float (&c)[kBatch][kChunkGroups][kBlocks8][4], int i0, int step) const {
+    const char* buffer = first_buffer(step);
+    FCM_UNROLL
+    for (int m = 0; m < kBatch; ++m) {
+      if (i0 + m >= kFirstTiles) continue;
+      FCM_UNROLL
+      for (int gi = 0; gi < kChunkGroups; ++gi) {
+        FCM_UNROLL
+        for (int side = 0; side < 2; ++side)
+          *(Vec*)(halo_buffer(step) + gi * halo_plane_bytes(S) + halo_offsets[i0 + m][side]) =
+              L::pack(c[m][gi], side, S.first_act, first_slope(buffer, gi));
+      }
+    }
+  }
+  // Starts the products of the fragments in the exchange buffer.
+  FCM_DEVICE void start_project(int step) {
+    constexpr int kN = block_n(S) / S.tile.warps_n;
+    const char* fragments = exchange_buffer(step) + warpgroup() % (S.tile.warps_m / 4) * 8 * kFragment;
+    const char* weights = project_buffer(step) + warpgroup() / (S.tile.warps_m / 4) * (kN / 8) * kFragment;
+    wgmma_fence();
+    FCM_UNROLL
+    for (int gi = 0; gi < kChunkGroups; ++gi) {
+      FCM_UNROLL
+      for (int s = 0; s < 2; ++s) {
+        FCM_UNROLL
+        for (int py = 0; py < P; ++py)
+          wgmma<kN>(&sums[py][0][0][0], fragments + (gi * P + py) * S.tile.warps_m * 2 * kFragment,
+                    weights + gi * (block_n(S) / 8) * kFragment, kFragment, s);
+      }
+    }
+    wgmma_commit();
+  }
+  // The products of a step: of `first` for the chunk after it; of `project` for the chunk before it, begun.
+  FCM_DEVICE void multiply(int step) {
+    if constexpr (kFirst) {
+      if (step + 1 < steps) {
+        FCM_UNROLL
+        for (int i = 0; i < kFirstTiles; i += kBatch) {
+          if (first_row(i) >= place.halo_pixels()) break;
+          float c[kBatch][kChunkGroups][kBlocks8][4];
+          start_first(c, i, step + 1);
+          wgmma_wait<0>(c);
+          finish_first(c, i, step + 1);
+        }
+      }
+    }
+    if constexpr (kProject)
+      if (step >= kLag) start_project(step - kLag);
   }
 
   // What `project` multiplies, of group gi of a chunk: this lane's channels of its pixels.
@@ -519,9 +633,17 @@ struct Module {
       for (int j = 0; j < kBlocks8; ++j) FCM_UNROLL
       for (int i = 0; i < 4; ++i) sums[py][ng][j][i] = 0;
     }
-    if constexpr (kAhead > 0) first_to_halo(0);
+    if constexpr (kWgmma && kAhead > 0) {
+      copy_async_wait<0>();
+      wgmma_reads();
+      block_sync();
+      multiply(-1);
+    } else if constexpr (kAhead > 0) {
+      first_to_halo(0);
+    }
     for (int step = 0; step < steps + kLag; ++step) {
       copy_async_wait<0>();
+      if constexpr (kWgmma) wgmma_reads();
       block_sync();
       if constexpr (!kResident) copy_weights(step + 1);
       if (step + 1 < steps) {
@@ -530,10 +652,15 @@ struct Module {
         fetch_input(next, steps);
       }
       copy_async_commit();
-      if (kAhead > 0 && step + 1 < steps) first_to_halo(step + 1);
+      if constexpr (kWgmma)
+        multiply(step);
+      else if (kAhead > 0 && step + 1 < steps)
+        first_to_halo(step + 1);
       if constexpr (!kStreams)
         if (step < steps) produce(step);
-      if constexpr (kExchanges)
+      if constexpr (kWgmma && kProject)
+        wgmma_wait<0>(sums);
+      else if constexpr (kExchanges)
         if (step >= kLag) project_exchanged(step - kLag);
     }
     if constexpr (S.tile.split > 1)

@@ -31,7 +31,9 @@ void pack_block(const Spec& s, const float* w, int outputs, int depth, int kg, i
     for (int i = 0; i < per_lane; ++i) {
       const int n = channel(lane / 4), k = kg * group(s.type) + lane % 4 * per_lane + i;
       const float x = n < outputs && k < depth ? w[(std::size_t)n * depth + k] : 0.f;
-      put_element(s, to + lane * (steps * 8) + i / per_register * 4 + i % per_register * element_bytes(s.type), x);
+      int at = lane * (steps * 8) + i / per_register * 4 + i % per_register * element_bytes(s.type);
+      if (s.tile.wgmma) at = swizzled(lane / 4, lane % 4) + i * element_bytes(s.type);  // of two steps always
+      put_element(s, to + at, x);
     }
 }
 
@@ -46,7 +48,7 @@ inline void pack_first(const Spec& s, const float* w, void* out) {
     for (int j = 0; j < g / 8; ++j) {
       const auto channel = [&](int r) { return mg * g + r / 2 * lane + 2 * j + r % 2; };
       for (int kg = 0; kg * 2 < steps; ++kg) {
-        const int here = min(2, steps - kg * 2);
+        const int here = s.tile.wgmma ? 2 : min(2, steps - kg * 2);
         pack_block(s, w, s.c_mid, depth, kg, here, channel, to);
         to += here * 256;
       }

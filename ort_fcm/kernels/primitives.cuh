@@ -8,6 +8,9 @@
 #else
 
 #define FCM_DEVICE __device__ __forceinline__
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FCM_WGMMA
+#endif
 #define FCM_UNROLL _Pragma("unroll")
 
 namespace fcm {
@@ -28,6 +31,8 @@ FCM_DEVICE int block_y() { return blockIdx.y; }
 FCM_DEVICE int block_z() { return blockIdx.z; }
 FCM_DEVICE int grid_x() { return gridDim.x; }
 FCM_DEVICE void block_sync() { __syncthreads(); }
+// What is the same in all lanes of a warp, so that the compiler knows.
+FCM_DEVICE int warp_uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
 // Where the launch allows it (sm_90 and later), a kernel starts while the one before it in the stream still runs.
 FCM_DEVICE void let_next_kernel_start() {
@@ -43,7 +48,7 @@ FCM_DEVICE void wait_for_earlier_kernels() {
 }
 
 FCM_DEVICE char* shared_memory() {
-  extern __shared__ __align__(128) char fcm_shared[];
+  extern __shared__ __align__(1024) char fcm_shared[];
   return fcm_shared;
 }
 
@@ -224,6 +229,92 @@ FCM_DEVICE u32 round_tf32(float x) {
 #else
   return float_bits(x);
 #endif
+}
+
+// ---- Products of a warpgroup, four warps whose threads all take part (sm_90a): they start, and are waited for
+
+// Where in shared memory row blocks of eight 64-byte rows lie (`swizzled` in spec.h), one every `stride` bytes.
+FCM_DEVICE u64 row_blocks(const char* shared, int stride) {
+  constexpr u64 kSwizzle64 = 2;
+  return kSwizzle64 << 62 | (u64)(stride >> 4) << 32 | 1 << 16 | (u32)__cvta_generic_to_shared(shared) >> 4;
+}
+// What this thread wrote to shared memory may be multiplied by others after the next barrier.
+FCM_DEVICE void wgmma_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+FCM_DEVICE void wgmma_fence() {
+#ifdef FCM_WGMMA
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+FCM_DEVICE void wgmma_commit() {
+#ifdef FCM_WGMMA
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+// Until all but the PENDING last committed are done; `sums` are their results.
+template <int PENDING, class Sums>
+FCM_DEVICE void wgmma_wait(Sums& sums) {
+#ifdef FCM_WGMMA
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+  float* d = (float*)&sums;
+  FCM_UNROLL
+  for (int i = 0; i < (int)(sizeof(Sums) / 4); ++i) asm volatile("" : "+f"(d[i])::"memory");  // not read before
+#endif
+}
+
+#define FCM_R16 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define FCM_R32 FCM_R16 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define FCM_R48 FCM_R32 ",%16,%17,%18,%19,%20,%21,%22,%23"
+#define FCM_R64 FCM_R48 ",%24,%25,%26,%27,%28,%29,%30,%31"
+#define FCM_R96 FCM_R64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47"
+#define FCM_R128 FCM_R96 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define FCM_R160 FCM_R128 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
+#define FCM_R192 FCM_R160 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
+#define FCM_R256 FCM_R192 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
+  ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define FCM_D8(i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FCM_D16 FCM_D8(0)
+#define FCM_D32 FCM_D16, FCM_D8(8)
+#define FCM_D48 FCM_D32, FCM_D8(16)
+#define FCM_D64 FCM_D48, FCM_D8(24)
+#define FCM_D96 FCM_D64, FCM_D8(32), FCM_D8(40)
+#define FCM_D128 FCM_D96, FCM_D8(48), FCM_D8(56)
+#define FCM_D160 FCM_D128, FCM_D8(64), FCM_D8(72)
+#define FCM_D192 FCM_D160, FCM_D8(80), FCM_D8(88)
+#define FCM_D256 FCM_D192, FCM_D8(96), FCM_D8(104), FCM_D8(112), FCM_D8(120)
+#define FCM_WGMMA_N(N, A, B)                                                                                    \
+  if constexpr (kN == N)                                                                                        \
+  asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N                       \
+               "k16.f32.f16.f16 {" FCM_R##N "}, %" #A ", %" #B ", p, 1, 1, 0, 0;}"                              \
+               : FCM_D##N                                                                                       \
+               : "l"(row_blocks(a, 512) + 2 * half), "l"(row_blocks(b, stride) + 2 * half))
+
+// d[64 x N] += a * b: 16 of the 32 channels (`half` 0 or 1) of 64 rows at `a` and of N rows at `b`, whose row blocks are
+// `stride` bytes apart. Of four warps, warp i has rows 16 * i on, laid over its lanes like mma_half's results.
+template <int N>
+FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int half) {
+  static_assert(N % 16 == 0, "rows come in pairs of row blocks");
+  constexpr int kN = N >= 256   ? 256
+                     : N >= 192 ? 192
+                     : N >= 160 ? 160
+                     : N >= 128 ? 128
+                     : N >= 96  ? 96
+                     : N >= 64  ? 64
+                     : N >= 48  ? 48
+                     : N >= 32  ? 32
+                                : 16;
+#ifdef FCM_WGMMA
+  FCM_WGMMA_N(16, 8, 9);
+  FCM_WGMMA_N(32, 16, 17);
+  FCM_WGMMA_N(48, 24, 25);
+  FCM_WGMMA_N(64, 32, 33);
+  FCM_WGMMA_N(96, 48, 49);
+  FCM_WGMMA_N(128, 64, 65);
+  FCM_WGMMA_N(160, 80, 81);
+  FCM_WGMMA_N(192, 96, 97);
+  FCM_WGMMA_N(256, 128, 129);
+#endif
+  if constexpr (N > kN) wgmma<N - kN>(d + kN / 2, a, b + kN / 8 * stride, stride, half);
 }
 
 // ---- Mathematics

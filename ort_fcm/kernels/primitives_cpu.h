@@ -52,6 +52,13 @@ struct Copy {
   bool valid;
 };
 
+// 16 channels of 64 rows times those of `columns` rows, for this lane's rows.
+struct Product {
+  float* d;
+  const char *a, *b;
+  int columns, stride, half;
+};
+
 struct Warp {
   Gate gate;
   u32 a[32][4], b[32][2];
@@ -71,6 +78,7 @@ struct Fiber {
   int thread;
   Block* block;
   std::vector<std::vector<Copy>> copies;  // by commit; the last is still open
+  std::vector<std::vector<Product>> products;  // likewise
   void* fake_stack;
 };
 
@@ -146,7 +154,7 @@ inline void run_grid(const Launch& l, unsigned seed, std::function<void()> kerne
         for (int t = 0; t < l.threads; ++t) {
           auto f = std::make_unique<Fiber>();
           f->stack = stacks.get() + kStack * all.size();
-          f->done = false, f->thread = t, f->block = block.get(), f->copies.resize(1), f->fake_stack = nullptr;
+          f->done = false, f->thread = t, f->block = block.get(), f->copies.resize(1), f->products.resize(1), f->fake_stack = nullptr;
           getcontext(&f->context);
           f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = kStack, f->context.uc_link = nullptr;
           makecontext(&f->context, (void (*)())enter, 0);
@@ -203,6 +211,7 @@ FCM_DEVICE int grid_x() { return cpu::machine.grid_x; }
 FCM_DEVICE void let_next_kernel_start() {}
 FCM_DEVICE void wait_for_earlier_kernels() {}
 FCM_DEVICE void block_sync() { cpu::pass(cpu::self().block->gate); }
+FCM_DEVICE int warp_uniform(int x) { return x; }
 FCM_DEVICE char* shared_memory() { return cpu::self().block->shared; }
 
 FCM_DEVICE float bits_float(u32 x) {
@@ -292,6 +301,37 @@ FCM_DEVICE void mma_tf32(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32
   }
   cpu::pass(cpu::warp().gate);
 }
+
+FCM_DEVICE void wgmma_reads() {}
+FCM_DEVICE void wgmma_fence() {}
+FCM_DEVICE void wgmma_commit() { cpu::self().products.emplace_back(); }
+inline void multiply(const cpu::Product& q) {
+  const auto at = [&](const char* from, int row, int k, int stride) {
+    const int byte = q.half * 32 + k * 2;
+    std::uint16_t h;
+    std::memcpy(&h, from + row / 8 * stride + swizzled(row % 8, byte / 16) + byte % 16, 2);
+    return half_to_float(h);
+  };
+  const int row0 = cpu::self().thread / 32 % 4 * 16 + cpu::lane() / 4;
+  for (int i = 0; i < q.columns / 2; ++i)
+    for (int k = 0; k < 16; ++k)
+      q.d[i] += at(q.a, row0 + i % 4 / 2 * 8, k, 512) * at(q.b, i / 4 * 8 + cpu::lane() % 4 * 2 + i % 2, k, q.stride);
+}
+// As on the GPU, sums change no sooner than they are waited for.
+template <int PENDING, class Sums>
+FCM_DEVICE void wgmma_wait(Sums&) {
+  auto& products = cpu::self().products;
+  while (products.size() > PENDING + 1) {
+    for (const cpu::Product& q : products.front()) multiply(q);
+    products.erase(products.begin());
+  }
+}
+template <int N>
+FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int half) {
+  if ((a - shared_memory()) % 512 || (b - shared_memory()) % 512) std::abort();  // misaligned
+  cpu::self().products.back().push_back({d, a, b, N, stride, half});
+}
+
 FCM_DEVICE u32 round_tf32(float x) { return float_bits(round_to_tf32(x)); }
 
 FCM_DEVICE float fast_exp(float x) { return std::exp(x); }

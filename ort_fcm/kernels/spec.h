@@ -53,6 +53,7 @@ struct Tile {
   int split = 1;               // thread blocks of a cluster that share the middle channels (sm_90 and later)
   int blocks = 1;              // thread blocks an SM should hold: bounds the registers of a thread
   int resident = 0;            // 1: all weights stay in shared memory, and a thread block works through many tiles
+  int wgmma = 0;               // 1: four warps multiply 64 pixels at once, from shared memory (sm_90a only)
 };
 
 struct Spec {
@@ -158,11 +159,17 @@ constexpr int halo_w(const Spec& s) {
   return halo(s.tile.tile_w, w.kernel_w, w.stride_w, w.dilation_w);
 }
 constexpr int halo_pitch(const Spec& s) { return round_up(halo_w(s), 2); }
-// 16-pixel tiles of `first` that a warp computes.
-constexpr int first_tiles(const Spec& s) {
-  return s.depthwise ? ceil_div(ceil_div(s.tile.images * halo_h(s) * halo_w(s), 16), warps(s)) : s.tile.patch_h;
+// Pixels of the halo region in the rows of a product; a warpgroup's product has 64.
+constexpr int first_rows(const Spec& s) {
+  return round_up(s.tile.images * halo_h(s) * halo_w(s), s.tile.wgmma ? 64 : 16);
 }
-constexpr bool first_in_registers(const Spec& s) { return first_tiles(s) * first_steps(s) * 4 <= 48; }
+// Tiles of `first`, 16 pixels (or 64), that a warp (or four) computes.
+constexpr int first_tiles(const Spec& s) {
+  return s.depthwise ? ceil_div(first_rows(s) / 16, warps(s)) : s.tile.patch_h;
+}
+constexpr bool first_in_registers(const Spec& s) {
+  return !s.tile.wgmma && first_tiles(s) * first_steps(s) * 4 <= 48;
+}
 // Whether 16 bytes of X's channels can be loaded at once.
 constexpr bool vector_input(const Spec& s) { return !s.input_nchw && s.c_in % lane_channels(s.type) == 0; }
 // A lone pointwise whose input fragments are copied asynchronously.
@@ -170,11 +177,17 @@ constexpr bool streams_input(const Spec& s) {
   return s.first == Dense::none && !s.depthwise && s.project == Dense::pointwise && vector_input(s);
 }
 // Whether what feeds `project` passes between warps through shared memory.
-constexpr bool exchanges(const Spec& s) { return has_project(s) && (streams_input(s) || s.tile.warps_n > 1); }
+constexpr bool exchanges(const Spec& s) {
+  return has_project(s) && (streams_input(s) || s.tile.warps_n > 1 || s.tile.wgmma);
+}
 
 // ---- Shared memory, in bytes
 
 constexpr int kFragment = 512;  // 32 lanes x 16 bytes: one operand row block of a group
+
+// Where 16 bytes `column` (of 4) of row `row` (of 8) lie in a row block that warps exchange or a warpgroup multiplies:
+// the 64-byte swizzle of the tensor cores, with which neither rows nor columns meet on a bank.
+constexpr int swizzled(int row, int column) { return row * 64 + (column ^ row / 2) * 16; }
 
 constexpr int halo_plane_bytes(
     const Spec& s) {  // the halo region of one group, and a slot that swallows what is outside
@@ -182,9 +195,9 @@ constexpr int halo_plane_bytes(
 }
 constexpr int halo_bytes(const Spec& s) { return s.depthwise ? chunk_groups(s) * halo_plane_bytes(s) : 0; }
 constexpr int first_input_bytes(const Spec& s) {
-  return s.first == Dense::none || first_in_registers(s)
-             ? 0
-             : warps(s) * first_tiles(s) * ceil_div(first_steps(s), 2) * 2 * kFragment;
+  if (s.first == Dense::none || first_in_registers(s)) return 0;
+  if (s.tile.wgmma) return ceil_div(first_steps(s), 2) * first_rows(s) * 64;
+  return warps(s) * first_tiles(s) * ceil_div(first_steps(s), 2) * 2 * kFragment;
 }
 // X under the halo region, where a dense convolution comes first: [images, c_in, rows, pitch], rows at an even column.
 constexpr bool stages_input(const Spec& s) { return s.first == Dense::convolution && s.depthwise; }
@@ -199,7 +212,9 @@ constexpr int staged_bytes(const Spec& s) {
   return stages_input(s) ? round_up(s.tile.images * s.c_in * staged_h(s) * staged_pitch(s) * element_bytes(s.type), 16)
                          : 0;
 }
-constexpr int first_group_bytes(const Spec& s) { return group(s.type) / 8 * first_steps(s) * 256; }
+constexpr int first_group_bytes(const Spec& s) {
+  return group(s.type) / 8 * (s.tile.wgmma ? round_up(first_steps(s), 2) : first_steps(s)) * 256;
+}
 constexpr int depthwise_tap_bytes(const Spec&) { return 64; }
 constexpr int depthwise_taps(const Spec& s) { return s.depthwise_window.kernel_h * s.depthwise_window.kernel_w; }
 constexpr int depthwise_group_bytes(const Spec& s) { return depthwise_taps(s) * depthwise_tap_bytes(s); }
@@ -207,7 +222,9 @@ constexpr int vectors_group_bytes(const Spec& s, const Act& act) {  // bias, and
   return group(s.type) * 4 * (act.kind == Activation::prelu ? 2 : 1);
 }
 constexpr int first_chunk_bytes(const Spec& s) {
-  return s.first == Dense::none ? 0 : chunk_groups(s) * (first_group_bytes(s) + vectors_group_bytes(s, s.first_act));
+  if (s.first == Dense::none) return 0;
+  return round_up(chunk_groups(s) * (first_group_bytes(s) + vectors_group_bytes(s, s.first_act)),
+                  s.tile.wgmma ? kFragment : 16);
 }
 constexpr int depthwise_chunk_bytes(const Spec& s) {
   return s.depthwise ? chunk_groups(s) * (depthwise_group_bytes(s) + vectors_group_bytes(s, s.depthwise_act)) : 0;
@@ -306,6 +323,17 @@ constexpr const char* illegal(const Spec& s) {
   if (t.split > 1 && !has_project(s)) return "split needs a project";
   if (t.split > chunks(s)) return "split must not exceed the chunks";
   if (t.resident != 0 && t.resident != 1) return "resident must be 0 or 1";
+  if (t.wgmma != 0 && t.wgmma != 1) return "wgmma must be 0 or 1";
+  if (t.wgmma && s.type != Type::float16) return "wgmma needs float16";
+  if (t.wgmma && (s.first == Dense::none || !s.depthwise) && s.project != Dense::pointwise)
+    return "wgmma needs a pointwise in front of a depthwise, or a project";
+  if (t.wgmma && (s.first == Dense::convolution || s.project == Dense::convolution)) return "wgmma needs pointwise";
+  if (t.wgmma && s.first != Dense::none && !s.depthwise) return "wgmma needs a depthwise between pointwise stages";
+  if (t.wgmma && !vector_input(s)) return "wgmma needs channels-last input of a multiple of 8 channels";
+  if (t.wgmma && has_project(s) && (block_n(s) % t.warps_n || block_n(s) / t.warps_n % group(s.type)) && t.warps_n > 1)
+    return "wgmma needs whole groups of output channels for each of warps_n";
+  if (t.wgmma && t.warps_m % 4) return "wgmma needs warps_m to be a multiple of 4";
+  if (t.wgmma && s.first != Dense::none && t.chunk > 128) return "wgmma needs a chunk of at most 128 channels";
   if (t.blocks < 1 || t.blocks * threads(s) > 2048) return "blocks times threads must fit an SM";
   if (has_project(s) && t.patch_h * warp_groups_n(s) * group(s.type) / 2 > 168)
     return "accumulators do not fit the registers";

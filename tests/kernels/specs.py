@@ -95,6 +95,16 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     tile = {"tile_h": tile_h, "tile_w": tile_w, "images": images, "patch_h": patch_h, "chunk": chunk}
     tile |= {"warps_m": warps_m, "warps_n": warps_n, "block_n": block_n, "split": split}
     tile["resident"] = rng.choice((0, 1))
+    if chain in ("pw", "dw-pw", "pw-dw", "pw-dw-pw") and type_ == "float16" and rng.random() < 0.6:
+        tile["wgmma"], tile["warps_m"] = 1, 4 * -(-warps_m // 4)
+        tile["chunk"] = min(chunk, 128)
+        fields |= {"input_nchw": "false", "c_in": str(-(-c_in // 8) * 8)}
+        if not first:
+            fields["c_mid"] = fields["c_in"]
+        if warps_n == 2:  # both have whole groups
+            fields["c_out"] = str(2 * group - rng.choice((0, 7, 8)))
+        if not last_dense:
+            fields["c_out"] = fields["c_mid"]
     fields |= {f"tile.{key}": str(value) for key, value in tile.items()}
     if min(_out(fields, height, side=0), _out(fields, width, side=1)) < 1:  # the windows leave nothing
         return draw(rng, chain, type_, activation)
