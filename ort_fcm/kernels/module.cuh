@@ -49,6 +49,7 @@ struct Module {
   static constexpr int kHaloAt = kFirstAt + weight_buffers(S) * first_chunk_bytes(S);  // two
   static constexpr int kStagedAt = kHaloAt + 2 * halo_bytes(S);
   static constexpr int kDepthwiseAt = kStagedAt + staged_bytes(S);
+  static constexpr int kArrivalsAt = arrivals_at(S);
 
   const Params& p;
   char* const shared;
@@ -108,51 +109,63 @@ struct Module {
 
   // ---- Copies
 
+  // Weights: where the hardware can, one thread asks for all of them.
   template <int BYTES>
-  FCM_DEVICE static void copy(char* to, const void* from) {
-    FCM_UNROLL
-    for (int i = 0; i < BYTES; i += kThreads * 16) {
-      const int at = i + thread_index() * 16;
-      if (i + kThreads * 16 <= BYTES || at < BYTES) copy_async(to + at, (const char*)from + at);
+  FCM_DEVICE void copy(char* to, const void* from, int turn) const {
+    if constexpr (kBulkCopies) {
+      if (thread_index() == 0) bulk_copy(to, from, BYTES, arrivals(turn));
+    } else {
+      FCM_UNROLL
+      for (int i = 0; i < BYTES; i += kThreads * 16) {
+        const int at = i + thread_index() * 16;
+        if (i + kThreads * 16 <= BYTES || at < BYTES) copy_async(to + at, (const char*)from + at);
+      }
     }
   }
   template <bool SLOPE>
-  FCM_DEVICE static void copy_vectors(char* to, const float* bias, const float* slope, int chunk) {
-    copy<S.tile.chunk * 4>(to, bias + chunk * S.tile.chunk);
-    if constexpr (SLOPE) copy<S.tile.chunk * 4>(to + S.tile.chunk * 4, slope + chunk * S.tile.chunk);
+  FCM_DEVICE void copy_vectors(char* to, const float* bias, const float* slope, int chunk, int turn) const {
+    copy<S.tile.chunk * 4>(to, bias + chunk * S.tile.chunk, turn);
+    if constexpr (SLOPE) copy<S.tile.chunk * 4>(to + S.tile.chunk * 4, slope + chunk * S.tile.chunk, turn);
   }
-  FCM_DEVICE void copy_first(int step) const {
+  // Weights of chunk `step`, for the turn of copies `turn`.
+  FCM_DEVICE void copy_first(int step, int turn) const {
     if constexpr (kFirst) {
       if (step < 0 || step >= steps) return;
       constexpr int kBytes = kChunkGroups * first_group_bytes(S);
       char* to = first_buffer(step);
-      copy<kBytes>(to, (const char*)p.first_weight + (long long)chunk(step) * kBytes);
-      copy_vectors<S.first_act.kind == Activation::prelu>(to + kBytes, p.first_bias, p.first_slope, chunk(step));
+      copy<kBytes>(to, (const char*)p.first_weight + (long long)chunk(step) * kBytes, turn);
+      copy_vectors<S.first_act.kind == Activation::prelu>(to + kBytes, p.first_bias, p.first_slope, chunk(step), turn);
     }
   }
-  FCM_DEVICE void copy_depthwise(int step) const {
+  FCM_DEVICE void copy_depthwise(int step, int turn) const {
     if constexpr (S.depthwise) {
       if (step < 0 || step >= steps) return;
       constexpr int kBytes = kChunkGroups * depthwise_group_bytes(S);
       char* to = depthwise_buffer(step);
-      copy<kBytes>(to, (const char*)p.depthwise_weight + (long long)chunk(step) * kBytes);
+      copy<kBytes>(to, (const char*)p.depthwise_weight + (long long)chunk(step) * kBytes, turn);
       copy_vectors<S.depthwise_act.kind == Activation::prelu>(to + kBytes, p.depthwise_bias, p.depthwise_slope,
-                                                              chunk(step));
+                                                              chunk(step), turn);
     }
   }
-  FCM_DEVICE void copy_project(int step) const {
+  FCM_DEVICE void copy_project(int step, int turn) const {
     if constexpr (kProject) {
       if (step < 0 || step >= steps) return;
       constexpr int kRow = block_n(S) / 8 * kFragment;  // of a group, this block's channels
       const char* from =
           (const char*)p.project_weight + (long long)chunk(step) * kChunkGroups * kPackedRow + block_y() * kRow;
       if constexpr (kRow == kPackedRow) {
-        copy<kChunkGroups * kRow>(project_buffer(step), from);
+        copy<kChunkGroups * kRow>(project_buffer(step), from, turn);
       } else {  // the last block may have fewer channels
         const int bytes = min(kRow, kPackedRow - block_y() * kRow);
-        for (int gi = 0; gi < kChunkGroups; ++gi)
-          for (int i = thread_index() * 16; i < bytes; i += kThreads * 16)
-            copy_async(project_buffer(step) + gi * kRow + i, from + gi * kPackedRow + i);
+        for (int gi = 0; gi < kChunkGroups; ++gi) {
+          char* to = project_buffer(step) + gi * kRow;
+          if constexpr (kBulkCopies) {
+            if (thread_index() == 0) bulk_copy(to, from + gi * kPackedRow, bytes, arrivals(turn));
+          } else {
+            for (int i = thread_index() * 16; i < bytes; i += kThreads * 16)
+              copy_async(to + i, from + gi * kPackedRow + i);
+          }
+        }
       }
     }
   }
@@ -229,11 +242,20 @@ struct Module {
       }
     }
   }
-  // The weights that step `step` needs, and those of what runs ahead of it.
+  // The weights that step `step` needs, and those of what runs ahead of it: the turn of copies `step`.
   FCM_DEVICE void copy_weights(int step) const {
-    copy_first(step + kAhead);
-    copy_depthwise(step);
-    copy_project(step - kLag);
+    copy_first(step + kAhead, step);
+    copy_depthwise(step, step);
+    copy_project(step - kLag, step);
+    all_asked_for(step);
+  }
+  FCM_DEVICE char* arrivals(int turn) const { return shared + kArrivalsAt + (turn & 1) * 8; }
+  FCM_DEVICE void all_asked_for(int turn) const {
+    if constexpr (kBulkCopies)
+      if (thread_index() == 0) bulk_asked_for(arrivals(turn));
+  }
+  FCM_DEVICE void wait_for_weights(int turn) const {
+    if constexpr (kBulkCopies) bulk_wait(arrivals(turn), turn >> 1 & 1);
   }
 
   // ---- Stages
@@ -643,6 +665,7 @@ struct Module {
     }
     for (int step = 0; step < steps + kLag; ++step) {
       copy_async_wait<0>();
+      if (kResident ? !kAhead && phase + step == 0 : !kAhead || step > 0) wait_for_weights(step);
       if constexpr (kWgmma) wgmma_reads();
       block_sync();
       if constexpr (!kResident) copy_weights(step + 1);
@@ -672,10 +695,15 @@ struct Module {
   FCM_DEVICE void run() {
     // Weights do not depend on the kernels before this one; inputs do.
     let_next_kernel_start();
+    if constexpr (kBulkCopies) {
+      if (thread_index() == 0) bulk_init(arrivals(0)), bulk_init(arrivals(1));
+      block_sync();
+    }
     if constexpr (kResident) {
-      for (int i = 0; i < steps; ++i) copy_first(i), copy_depthwise(i), copy_project(i);
+      for (int i = 0; i < steps; ++i) copy_first(i, 0), copy_depthwise(i, 0), copy_project(i, 0);
+      all_asked_for(0);
     } else {
-      if constexpr (kAhead > 0) copy_first(0);
+      if constexpr (kAhead > 0) copy_first(0, 0);
       copy_weights(0);
     }
     if (kAhead > 0 && place.crosses_border()) clear_halo();
@@ -684,6 +712,7 @@ struct Module {
     copy_async_commit();
     if constexpr (kAhead > 0) {
       copy_async_wait<0>();
+      wait_for_weights(0);
       block_sync();
     }
     if constexpr (stages_input(S)) load_first_input(place);

@@ -89,6 +89,48 @@ FCM_DEVICE void copy_async_wait() {
 #endif
 }
 
+// ---- Bulk copies (sm_90 and later): one thread asks, and all can wait at a barrier in shared memory. A barrier's turns
+// alternate between parity 0 and 1.
+
+#if __CUDA_ARCH__ >= 900
+constexpr bool kBulkCopies = true;
+
+FCM_DEVICE void bulk_init(char* barrier) {
+  asm volatile(
+      "mbarrier.init.shared::cta.b64 [%0], 1;\n"
+      "fence.mbarrier_init.release.cluster;" ::"r"((u32)__cvta_generic_to_shared(barrier))
+      : "memory");
+}
+// `bytes`, a multiple of 16, from and to multiples of 16.
+FCM_DEVICE void bulk_copy(char* shared, const void* global, int bytes, char* barrier) {
+  const u32 to = (u32)__cvta_generic_to_shared(shared), at = (u32)__cvta_generic_to_shared(barrier);
+  asm volatile(
+      "mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%3], %2;\n"
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(global), "r"(bytes), "r"(at)
+      : "memory");
+}
+// Ends the asking of a turn.
+FCM_DEVICE void bulk_asked_for(char* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"((u32)__cvta_generic_to_shared(barrier)) : "memory");
+}
+FCM_DEVICE void bulk_wait(char* barrier, int parity) {
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;}" ::"r"((u32)__cvta_generic_to_shared(barrier)),
+      "r"(parity)
+      : "memory");
+}
+#else
+constexpr bool kBulkCopies = false;
+
+FCM_DEVICE void bulk_init(char*) {}
+FCM_DEVICE void bulk_copy(char*, const void*, int, char*) {}
+FCM_DEVICE void bulk_asked_for(char*) {}
+FCM_DEVICE void bulk_wait(char*, int) {}
+#endif
+
 // ---- Clusters (sm_90 and later): their blocks lie along z
 
 FCM_DEVICE void cluster_sync() {

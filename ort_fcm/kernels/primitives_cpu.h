@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
@@ -59,6 +60,12 @@ struct Product {
   int columns, stride, half;
 };
 
+struct Arrivals {  // a barrier for bulk copies
+  std::vector<Copy> asked;
+  bool all = false;
+  int turns = 0;  // done
+};
+
 struct Warp {
   Gate gate;
   u32 a[32][4], b[32][2];
@@ -69,6 +76,7 @@ struct Block {
   char* shared;
   Gate gate;
   std::vector<Warp> warps;
+  std::map<char*, Arrivals> arrivals;
 };
 
 struct Fiber {
@@ -225,6 +233,16 @@ FCM_DEVICE u32 float_bits(float x) {
   return u;
 }
 
+namespace cpu {
+inline void perform(const Copy& c) {
+  if (((std::uintptr_t)c.to | (c.valid ? (std::uintptr_t)c.from : 0)) % min(c.bytes, 16)) std::abort();  // misaligned
+  if (c.valid)
+    std::memcpy(c.to, c.from, c.bytes);
+  else
+    std::memset(c.to, 0, c.bytes);
+}
+}  // namespace cpu
+
 FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
   cpu::self().copies.back().push_back({shared, global, 16, valid});
 }
@@ -236,14 +254,33 @@ template <int PENDING>
 FCM_DEVICE void copy_async_wait() {
   auto& copies = cpu::self().copies;
   while (copies.size() > PENDING + 1) {
-    for (const cpu::Copy& c : copies.front()) {
-      if (((std::uintptr_t)c.to | (c.valid ? (std::uintptr_t)c.from : 0)) % c.bytes) std::abort();  // misaligned
-      if (c.valid)
-        std::memcpy(c.to, c.from, c.bytes);
-      else
-        std::memset(c.to, 0, c.bytes);
-    }
+    for (const cpu::Copy& c : copies.front()) cpu::perform(c);
     copies.erase(copies.begin());
+  }
+}
+
+// FCM_PLAIN_COPIES: as on a GPU without bulk copies.
+#ifdef FCM_PLAIN_COPIES
+constexpr bool kBulkCopies = false;
+#else
+constexpr bool kBulkCopies = true;
+#endif
+FCM_DEVICE void bulk_init(char* barrier) { cpu::self().block->arrivals[barrier] = {}; }
+FCM_DEVICE void bulk_copy(char* shared, const void* global, int bytes, char* barrier) {
+  if (bytes <= 0 || bytes % 16) std::abort();
+  cpu::self().block->arrivals.at(barrier).asked.push_back({shared, global, bytes, true});
+}
+FCM_DEVICE void bulk_asked_for(char* barrier) { cpu::self().block->arrivals.at(barrier).all = true; }
+// The first to wait performs the copies.
+FCM_DEVICE void bulk_wait(char* barrier, int parity) {
+  cpu::Arrivals& a = cpu::self().block->arrivals.at(barrier);
+  while (a.turns % 2 == parity) {
+    if (!a.all) {
+      cpu::leave(cpu::self(), false);
+      continue;
+    }
+    for (const cpu::Copy& c : a.asked) cpu::perform(c);
+    a.asked.clear(), a.all = false, ++a.turns, ++cpu::machine.progress;
   }
 }
 

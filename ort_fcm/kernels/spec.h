@@ -250,7 +250,9 @@ constexpr int working_bytes(const Spec& s) {
          weight_buffers(s) * (first_chunk_bytes(s) + depthwise_chunk_bytes(s) + project_chunk_bytes(s));
 }
 constexpr int reduction_at(const Spec& s) { return s.tile.resident ? working_bytes(s) : 0; }
-constexpr int shared_bytes(const Spec& s) { return max(working_bytes(s), reduction_at(s) + reduction_bytes(s)); }
+// Two barriers of 8 bytes, at which asynchronous copies of weights arrive.
+constexpr int arrivals_at(const Spec& s) { return max(working_bytes(s), reduction_at(s) + reduction_bytes(s)); }
+constexpr int shared_bytes(const Spec& s) { return arrivals_at(s) + 16; }
 
 // ---- Launch
 
@@ -308,7 +310,7 @@ constexpr const char* illegal(const Spec& s) {
   if (s.first == Dense::none && s.c_mid != s.c_in) return "without a first stage the middle channels are the input's";
   if (!has_project(s) && s.c_mid != s.c_out) return "without a project the middle channels are the output's";
   if (t.chunk <= 0 || t.chunk % group(s.type)) return "chunk must be a multiple of a group of channels";
-  if (t.patch_h != 1 && t.patch_h != 2 && t.patch_h != 4) return "patch_h must be 1, 2 or 4";
+  if (t.patch_h < 1 || t.patch_h > 8) return "patch_h must be from 1 to 8";
   if (t.warps_m < 1 || t.warps_n < 1 || warps(s) > 16) return "a thread block has 1 to 16 warps";
   if (t.images < 1 || t.tile_h < 1 || t.tile_w < 1 || t.tile_h > 1024 || t.tile_w > 65536 || t.images > 64)
     return "a tile has at least one image and one pixel";

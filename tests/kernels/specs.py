@@ -75,7 +75,7 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     fields["input_nchw"] = str(rng.random() < (0.8 if stages[0] == "conv" else 0.2)).lower()
     fields["output_nchw"] = str(rng.random() < 0.2).lower()
 
-    patch_h = rng.choice((1, 2, 4))
+    patch_h = rng.choice((1, 2, 3, 4, 7))
     warps_n = rng.choice((1, 2)) if last_dense else 1
     groups = -(-(9 * c_in if chain == "conv" else c_mid) // group)
     chunk = group * warps_n * rng.choice((1, 2))
@@ -86,7 +86,7 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
         images = 1
     if images > 1:  # such a tile covers the map
         height, width = rng.randint(5, 8), rng.randint(5, 8)
-        tile_h, tile_w = 16, 16
+        tile_h, tile_w = patch_h * -(-9 // patch_h), 10
     warps_m = -(-images * (tile_h // patch_h) * (tile_w // 2) // 8) if depthwise else rng.choice((1, 2))
     block_n = chunk if rng.random() < 0.3 else 0
     warp_groups = -(-(block_n or c_out) // (group * warps_n))

@@ -68,7 +68,7 @@ def test_kernels_agree_with_float64(tmp_path: Path) -> None:
     ("field", "value", "reason"),
     [
         ("tile.chunk", "24", "chunk must be a multiple of a group of channels"),
-        ("tile.patch_h", "3", "patch_h must be 1, 2 or 4"),
+        ("tile.patch_h", "9", "patch_h must be from 1 to 8"),
         ("tile.warps_m", "1", "the warps do not cover the tile"),
         ("tile.split", "8", "split must not exceed the chunks"),
         ("c_in", "0", "channel counts must be positive"),
