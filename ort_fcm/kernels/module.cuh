@@ -301,13 +301,31 @@ struct Module {
     return *(const Vec*)(shared + first_offset(i, kg, side));
   }
 
-  // Products of group gi of the chunk in `buffer` for COUNT tiles from tile i on.
-  template <int COUNT>
-  FCM_DEVICE void first_products(float (&c)[COUNT][kBlocks8][4], int i, const char* buffer, int gi) const {
+  // A group's bias, and its weights where they are few and many tiles need them, in registers.
+  static constexpr bool kKeepsWeights = kFirstGroups == 1 && S.depthwise && kFirstTiles > 2;
+  struct FirstGroup {
+    float bias[L::kLane];
+    Vec weights[kKeepsWeights ? kBlocks8 : 1];
+  };
+  FCM_DEVICE static FirstGroup first_group(const char* buffer, int gi) {
+    FirstGroup kept;
     const float* bias =
         (const float*)(buffer + kChunkGroups * first_group_bytes(S)) + gi * kGroup + L::column() * L::kLane;
     FCM_UNROLL
-    for (int m = 0; m < COUNT; ++m) L::start(c[m], bias);
+    for (int i = 0; i < L::kLane; ++i) kept.bias[i] = bias[i];
+    if constexpr (kKeepsWeights) {
+      FCM_UNROLL
+      for (int j = 0; j < kBlocks8; ++j)
+        kept.weights[j] = L::template weights<kFirstSteps>(buffer + (gi * kBlocks8 + j) * kFirstSteps * 256);
+    }
+    return kept;
+  }
+  // Products of group gi of the chunk in `buffer` for COUNT tiles from tile i on.
+  template <int COUNT>
+  FCM_DEVICE void first_products(float (&c)[COUNT][kBlocks8][4], int i, const char* buffer, int gi,
+                                 const FirstGroup& kept) const {
+    FCM_UNROLL
+    for (int m = 0; m < COUNT; ++m) L::start(c[m], kept.bias);
     FCM_UNROLL
     for (int kg = 0; kg < kFirstGroups; ++kg) {
       Vec a[COUNT][2];
@@ -319,7 +337,11 @@ struct Module {
       FCM_UNROLL
       for (int j = 0; j < kBlocks8; ++j) {
         const char* product = buffer + ((gi * kBlocks8 + j) * kFirstSteps + kg * 2) * 256;
-        if (kFirstSteps % 2 && kg == kFirstSteps / 2) {
+        if constexpr (kKeepsWeights) {
+          FCM_UNROLL
+          for (int m = 0; m < COUNT; ++m)
+            L::template multiply<kFirstSteps>(c[m][j], a[m][0], a[m][1], kept.weights[j]);
+        } else if (kFirstSteps % 2 && kg == kFirstSteps / 2) {
           const Vec b = L::template weights<1>(product);
           FCM_UNROLL
           for (int m = 0; m < COUNT; ++m) L::template multiply<1>(c[m][j], a[m][0], a[m][1], b);
@@ -342,21 +364,22 @@ struct Module {
     char* halo = halo_buffer(step);
     const int g = groups(chunk(step)), tiles = ceil_div(place.halo_pixels(), 16);
     for (int gi = 0; gi < g; ++gi) {
+      const FirstGroup kept = first_group(buffer, gi);
       FCM_UNROLL
       for (int i = 0; i < kFirstTiles; i += 2) {
         constexpr int kPair = kFirstTiles > 1 ? 2 : 1;
         if (L::warp() + i * warps(S) >= tiles) break;
         if (kPair == 2 && i + 1 < kFirstTiles && L::warp() + (i + 1) * warps(S) < tiles)
-          first_tiles_to_halo<kPair>(i, buffer, halo, gi);
+          first_tiles_to_halo<kPair>(i, buffer, halo, gi, kept);
         else
-          first_tiles_to_halo<1>(i, buffer, halo, gi);
+          first_tiles_to_halo<1>(i, buffer, halo, gi, kept);
       }
     }
   }
   template <int COUNT>
-  FCM_DEVICE void first_tiles_to_halo(int i, const char* buffer, char* halo, int gi) const {
+  FCM_DEVICE void first_tiles_to_halo(int i, const char* buffer, char* halo, int gi, const FirstGroup& kept) const {
     float c[COUNT][kBlocks8][4];
-    first_products<COUNT>(c, i, buffer, gi);
+    first_products<COUNT>(c, i, buffer, gi, kept);
     FCM_UNROLL
     for (int m = 0; m < COUNT; ++m) {
       FCM_UNROLL
@@ -488,10 +511,11 @@ struct Module {
                         bias + S.tile.chunk);
     } else if constexpr (kFirst) {
       const char* buffer = first_buffer(step);
+      const FirstGroup kept = first_group(buffer, gi);
       FCM_UNROLL
       for (int py = 0; py < P; ++py) {
         float c[1][kBlocks8][4];
-        first_products<1>(c, py, buffer, gi);
+        first_products<1>(c, py, buffer, gi, kept);
         FCM_UNROLL
         for (int side = 0; side < 2; ++side) d[py][side] = L::pack(c[0], side, S.first_act, first_slope(buffer, gi));
       }
