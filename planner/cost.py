@@ -29,13 +29,16 @@ class Priors:
     alone: float = 0.545  # of that norm lost where an SM holds one thread block, half of it where it holds two
     stream_overlap: float = 2.1  # the norm of a lone pointwise, which computes little while it waits
     copy_instructions: float = 23.3  # a warp's 512 bytes of asynchronous copies of X: addresses, predicates, waits
-    weight_copy_instructions: float = 26.8  # the same, of weights
+    weight_copy_instructions: float = 26.8  # the same, of weights, before sm_90
+    bulk_copy_instructions: float = 1.5  # the same, where one thread asks for all of a chunk's
     gather_instructions: float = 411.0  # a 16-pixel tile of `first`: its places, and loading its input
     store_instructions: float = 13.2  # a register of the output: bias, address, store
     spill: float = 0.123  # more instructions where `blocks` takes 16 registers from a thread; grows as the square
     clocks_per_instruction: float = 1.27  # of one warp alone
     load_clocks: float = 2.01  # the same, of a vector from shared memory, beyond its instruction
     product_clocks: float = 16.7  # the same, of a tensor-core product
+    wgmma_clocks: float = 6.0  # the same, of 8 channels of a product of 64 pixels
+    operand_share: float = 1.0  # of the time of a shared memory access that an operand of wgmma takes
     step_clocks: float = 890.0  # of a chunk step: its barrier, and the copies' latency that is not hidden
     resident_step_clocks: float = 345.0  # the same, where weights are resident
     block_clocks: float = 2430.0  # of a thread block: its first loads, its last stores
@@ -60,10 +63,10 @@ class Priors:
 
 PRIORS = Priors()
 FITTED = (
-    "overlap", "alone", "stream_overlap", "l2_bytes_per_clock", "copy_instructions", "weight_copy_instructions",
-    "gather_instructions", "store_instructions", "spill",
-    "clocks_per_instruction", "load_clocks", "product_clocks", "step_clocks", "resident_step_clocks", "block_clocks",
-    "stream_step_clocks", "turn_clocks", "split_clocks", "tail_rounds",
+    "overlap", "alone", "stream_overlap", "l2_bytes_per_clock", "copy_instructions", "bulk_copy_instructions",
+    "gather_instructions", "store_instructions", "spill", "clocks_per_instruction", "load_clocks", "product_clocks",
+    "wgmma_clocks", "operand_share", "step_clocks", "resident_step_clocks", "block_clocks", "stream_step_clocks",
+    "turn_clocks", "split_clocks", "tail_rounds",
 )  # fmt: skip
 
 # By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
@@ -280,10 +283,12 @@ def illegal(seg: Segment, tile: Tile) -> str:
         return "every field of a tile is positive (block_n may be 0)"
     if t.chunk % group or t.block_n % group:
         return f"chunk and block_n must be multiples of a group of {group} channels"
-    if t.patch_h not in (1, 2, 4) or t.split not in (1, 2, 4, 8):
-        return "patch_h must be 1, 2 or 4 and split 1, 2, 4 or 8"
-    if t.resident not in (0, 1):
-        return "resident must be 0 or 1"
+    if not 1 <= t.patch_h <= 8 or t.split not in (1, 2, 4, 8):
+        return "patch_h must be from 1 to 8 and split 1, 2, 4 or 8"
+    if t.resident not in (0, 1) or t.wgmma not in (0, 1):
+        return "resident and wgmma must be 0 or 1"
+    if t.wgmma and (why := _no_wgmma(seg, t)):
+        return f"wgmma needs {why}"
     if t.warps_m * t.warps_n > 16 or t.blocks * t.threads > 2048:
         return "a thread block has at most 16 warps, and blocks times threads at most 2048"
     if seg.depthwise:
@@ -310,6 +315,19 @@ def illegal(seg: Segment, tile: Tile) -> str:
     return ""
 
 
+def _no_wgmma(seg: Segment, tile: Tile) -> str:
+    """What wgmma needs and does not find; empty if it finds all."""
+    if seg.element != 2 or seg.c_in % 8:
+        return "float16 and a multiple of 8 input channels"
+    if "conv" in seg.stages or not (seg.project or seg.first) or (seg.first and not seg.depthwise):
+        return "pointwise stages, with a depthwise between two"
+    if tile.warps_m % 4 or (seg.first and tile.chunk > 128):
+        return "warps_m to be a multiple of 4, and of a chunk at most 128 channels"
+    if seg.project and tile.warps_n > 1 and block_n(seg, tile) % (tile.warps_n * seg.group):
+        return "whole groups of output channels for each of warps_n"
+    return ""
+
+
 def block_n(seg: Segment, tile: Tile) -> int:
     """Nb: output channels of a thread block, padded."""
     return min(tile.block_n, seg.padded_out) if tile.block_n else seg.padded_out
@@ -324,16 +342,24 @@ def accumulators(seg: Segment, tile: Tile) -> int:
     return tile.patch_h * _warp_groups_n(seg, tile) * seg.group // 2 if seg.project else 0
 
 
-def _first_tiles(seg: Segment, tile: Tile) -> int:
-    """16-pixel tiles of `first` that a warp computes."""
-    if not seg.depthwise:
-        return tile.patch_h
+def _first_rows(seg: Segment, tile: Tile) -> int:
+    """Pixels of the halo region, in the rows of a product."""
     spatial = tiling(seg, tile)
-    return ceil_div(ceil_div(tile.images * spatial.halo_rows * spatial.halo_columns, 16), tile.warps_m * tile.warps_n)
+    return round_up(tile.images * spatial.halo_rows * spatial.halo_columns, 64 if tile.wgmma else 16)
+
+
+def _first_tiles(seg: Segment, tile: Tile) -> int:
+    """Tiles of `first`, 16 pixels (64), that a warp (four) computes."""
+    return ceil_div(_first_rows(seg, tile) // 16, tile.warps_m * tile.warps_n) if seg.depthwise else tile.patch_h
 
 
 def _first_in_registers(seg: Segment, tile: Tile) -> bool:
-    return _first_tiles(seg, tile) * seg.first_steps * 4 <= 48
+    return not tile.wgmma and _first_tiles(seg, tile) * seg.first_steps * 4 <= 48
+
+
+def _exchanges(seg: Segment, tile: Tile) -> bool:
+    """Whether what feeds `project` passes through shared memory."""
+    return seg.project is not None and (seg.streams or tile.warps_n > 1 or tile.wgmma == 1)
 
 
 def shared_bytes(seg: Segment, tile: Tile) -> int:
@@ -346,8 +372,12 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
         return seg.group * 4 * (2 if layer.activation == "prelu" else 1)
 
     if seg.first:
-        weights += groups * (seg.group // 8 * seg.first_steps * 256 + vectors(seg.first))
-        if not _first_in_registers(seg, t):
+        first_steps = round_up(seg.first_steps, 2) if t.wgmma else seg.first_steps
+        chunk = groups * (seg.group // 8 * first_steps * 256 + vectors(seg.first))
+        weights += round_up(chunk, fragment if t.wgmma else 16)
+        if t.wgmma:
+            once = ceil_div(seg.first_steps, 2) * _first_rows(seg, t) * 64
+        elif not _first_in_registers(seg, t):
             once = warps * _first_tiles(seg, t) * ceil_div(seg.first_steps, 2) * 2 * fragment
     if seg.depthwise:
         spatial = tiling(seg, t)
@@ -359,12 +389,14 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
         weights += groups * (seg.depthwise.taps * 64 + vectors(seg.depthwise))
     if seg.project:
         weights += groups * (block_n(seg, t) // 8) * fragment
-        if seg.streams or t.warps_n > 1:  # what feeds `project` passes between warps
+        if _exchanges(seg, t):
             planes += t.warps_m * groups * t.patch_h * 2 * fragment
     reduction = warps * t.patch_h * _warp_groups_n(seg, t) * (seg.group // 8) * fragment if t.split > 1 else 0
     buffers = _steps(seg, t) if t.resident else 2  # of weights: all, or two of what a chunk step replaces
     working = once + 2 * planes + buffers * weights
-    return working + reduction if t.resident else max(working, reduction)  # tiles that follow need the working buffers
+    arrivals = 16
+    # Tiles that follow need the working buffers.
+    return arrivals + (working + reduction if t.resident else max(working, reduction))
 
 
 def _steps(seg: Segment, tile: Tile) -> int:
@@ -388,6 +420,9 @@ def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
             # One chunk: sums begin when it has ended.
             sums = max(0, sums - depthwise)
         phase = max(phase, depthwise)
+    if tile.wgmma and seg.first:  # the results of products of the first stage
+        own = tile.chunk // 2
+        phase = max(phase, own * min(_first_tiles(seg, tile), max(1, 64 // own)))
     if seg.project and seg.element == 4:
         phase += 16  # operands rounded to TF32
     if seg.stages == "conv" and seg.element == 2:  # the compiler gathers the operands of all products at once
@@ -434,9 +469,10 @@ def _capability(table: dict[int, tuple[float, float]], sm: int) -> tuple[float, 
     return table[max((known for known in table if known <= sm), default=min(table))]
 
 
-def _tensor_rates(seg: Segment, gpu: Gpu, priors: Priors) -> tuple[float, float, bool]:
+def _tensor_rates(seg: Segment, gpu: Gpu, priors: Priors, wgmma: bool) -> tuple[float, float, bool]:
     """Products an SM starts in a clock, multiply-adds the chip does in a microsecond, and whether on tensor cores."""
     per_clock, share = _capability(_TENSOR, gpu.sm)
+    share = 1.0 if wgmma else share
     tflops = gpu.tensor_fp16_tflops if seg.dtype == "float16" else gpu.tensor_tf32_tflops
     if tflops <= 0:
         return 64 / 1024 * priors.plain_share, gpu.fp32_tflops * 5e5 * priors.plain_share, False
@@ -462,7 +498,8 @@ class Work(NamedTuple):
     moved: int  # bytes between the SMs and L2, weights apart
     weights: int  # the same, of weights
     dram: int  # bytes
-    products: float  # a step's tensor-core products
+    products: float  # a step's tensor-core products, of 16 pixels, 8 channels and half a group
+    operands: float  # a step's vectors that wgmma reads, 512 bytes; 0: products are of single warps
     values: float  # a step's plain instructions on values: the depthwise, activations
     loads: float  # a step's vectors from shared memory, 512 bytes
     stores: float  # a step's vectors to shared memory
@@ -514,18 +551,24 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
 
     # Work of a warp in a chunk step.
     pack = 2 if e == 2 else 1
-    products = values = loads = stores = 0.0
+    products = operands = values = loads = stores = 0.0
+    row = 32 / 512 / 4  # vectors of a warp that one of four reads: half a group of a pixel or channel
     copied = copied_weights = 0  # bytes that cp.async brings in a step, whole thread block
     # The kernels clip the halo region to the map, and warps without a tile of it skip `first`: the mean of a warp.
     tiles = 0.0
     if seg.first:
-        tiles = min(_first_tiles(seg, t), ceil_div(ceil_div(mid_pixels, spatial), 16) / warps) if layer else t.patch_h
+        rows = round_up(ceil_div(mid_pixels, spatial), 64 if t.wgmma else 16) // 16
+        tiles = min(_first_tiles(seg, t), rows / warps) if layer else t.patch_h
     if seg.first:
         weights = groups * group // 8 * seg.first_steps * 256
         products += tiles * groups * (group // 8) * seg.first_steps
-        loads += weights / 512 * (max(tiles / 2, min(tiles, 1)) if layer else tiles)
-        if not _first_in_registers(seg, t):
-            loads += tiles * seg.first_steps * groups
+        if t.wgmma:
+            operands += tiles * seg.first_steps * (64 + t.chunk) * row
+            loads += tiles * groups
+        else:
+            loads += weights / 512 * (max(tiles / 2, min(tiles, 1)) if layer else tiles)
+            if not _first_in_registers(seg, t):
+                loads += tiles * seg.first_steps * groups
         values += tiles * 16 * groups * group / pack / 32 * (2 + _ACTIVATION[seg.first.activation])
         if layer:
             stores += tiles * 2 * groups
@@ -542,11 +585,14 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     if seg.project:
         weights = groups * (channels // 8) * 512
         products += groups * 2 * t.patch_h * _warp_groups_n(seg, t) * (group // 8)
-        loads += weights / t.warps_n / 512
         copied_weights += weights
-        if seg.streams or t.warps_n > 1:
+        if t.wgmma:
+            operands += groups * 2 * t.patch_h * (64 + channels // t.warps_n) * row
+        else:
+            loads += weights / t.warps_n / 512
+        if _exchanges(seg, t):
             passed = groups * t.patch_h * 2
-            loads += passed
+            loads += 0 if t.wgmma else passed
             if seg.streams:
                 copied += passed * 512 * t.warps_m
             else:
@@ -568,7 +614,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         done += out_pixels * seg.project.weights
     return Work(
         spatial * apart, spatial_blocks * apart, ceil_div(spatial, spatial_blocks), busy, warps, steps, t.split,
-        e * moved, e * spatial_blocks * fetched, seg.compulsory_bytes, products, values, loads, stores,
+        e * moved, e * spatial_blocks * fetched, seg.compulsory_bytes, products, operands, values, loads, stores,
         copied / 512 / warps, copied_weights / 512 / warps, tiles, ends, max(1.0, done / seg.multiply_adds),
     )  # fmt: skip
 
@@ -578,15 +624,18 @@ def times(
 ) -> dict[str, float]:
     """Microseconds of each resource, where an SM holds `blocks` thread blocks, of which each thread has `missing`
     registers less than it needs, and which keep their weights or not."""
-    per_clock, per_us, on_tensor = _tensor_rates(seg, gpu, priors)
+    per_clock, per_us, on_tensor = _tensor_rates(seg, gpu, priors, w.operands > 0)
     rounds = w.busy / blocks + priors.tail_rounds if w.busy > blocks else 1.0
     mhz = gpu.clock_mhz
     slower = 1 + priors.spill * (missing / 16) ** 2
     plain = slower * (w.values + w.loads + w.stores + priors.copy_instructions * w.copies)
-    fetch = slower * w.steps * priors.weight_copy_instructions * w.weight_copies  # once in a thread block
+    asking = priors.bulk_copy_instructions if gpu.sm >= 90 else priors.weight_copy_instructions
+    fetch = slower * w.steps * asking * w.weight_copies  # once in a thread block
     tile = w.steps * plain + priors.gather_instructions * w.tiles + priors.store_instructions * w.ends
-    issued = w.turns * (tile + w.steps * w.products * (1 if on_tensor else 33)) + fetch
-    step = w.loads * priors.load_clocks + w.products * priors.product_clocks
+    multiplying = 0.1 if w.operands else 1 if on_tensor else 33
+    issued = w.turns * (tile + w.steps * w.products * multiplying) + fetch
+    step = w.loads * priors.load_clocks
+    step += w.products * (priors.wgmma_clocks if w.operands else priors.product_clocks)
     if seg.streams:
         step += priors.stream_step_clocks
     else:
@@ -600,7 +649,7 @@ def times(
     # What resident thread blocks fetch once is left out: more SMs fetch more of it, and are no slower.
     dram_us, l2_us = memory_us(gpu, w.dram, w.moved + (0 if keeps else w.weights), priors)
     sm_bytes = w.busy * (w.turns * w.moved / w.pieces + w.weights / w.grid)
-    vectors = w.turns * (w.loads + w.stores + w.copies) + w.weight_copies
+    vectors = w.turns * (w.loads + w.stores + w.copies + priors.operand_share * w.operands) + w.weight_copies
     return {
         "dram": dram_us,
         "l2": max(l2_us, sm_bytes / priors.l2_bytes_per_clock / mhz),
@@ -622,7 +671,7 @@ def joined(seg: Segment, w: Work, parts: dict[str, float], blocks: int, priors: 
 
 def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Estimate | None:
     """What the segment costs with a tile; None where the tile does not fit the GPU."""
-    if tile.split > 1 and gpu.sm < 90:
+    if (tile.split > 1 and gpu.sm < 90) or (tile.wgmma and gpu.sm != 90):
         return None
     shared, regs = shared_bytes(seg, tile), registers(seg, tile, priors)
     if regs + priors.spare_registers > MAX_REGISTERS:

@@ -127,19 +127,19 @@ def _lengths(out: int, even: bool) -> list[int]:
     return sorted(lengths)
 
 
-def _spatial(seg: Segment, least_filled: float) -> Iterator[Tile]:
+def _spatial(seg: Segment, least_filled: float, wgmma: int = 0) -> Iterator[Tile]:
     """Tiles without their channel fields, of which at least a share of the lanes has a pixel. Warps along pixels: as
     few as cover the tile."""
     out_h, out_w = seg.maps[-1]
     if not seg.depthwise:
         for patch_h in (1, 2, 4):
-            for warps_m in (1, 2, 4, 8):
+            for warps_m in (4, 8) if wgmma else (1, 2, 4, 8):
                 pixels = 16 * patch_h * warps_m
                 if pixels == 16 or pixels < 2 * seg.batch * out_h * out_w:
-                    yield Tile(tile_h=1, tile_w=pixels, patch_h=patch_h, warps_m=warps_m)
+                    yield Tile(tile_h=1, tile_w=pixels, patch_h=patch_h, warps_m=warps_m, wgmma=wgmma)
         return
     widths = _lengths(out_w, True)
-    for patch_h in (1, 2, 4):
+    for patch_h in (1, 2, 4, *((7,) if out_h % 7 == 0 else ())):
         for tile_h in sorted({round_up(height, patch_h) for height in _lengths(out_h, False)}):
             for tile_w in widths:
                 whole = tile_h >= out_h and tile_w >= out_w
@@ -147,12 +147,12 @@ def _spatial(seg: Segment, least_filled: float) -> Iterator[Tile]:
                     continue  # long tiles have more halo, but for bands of whole rows
                 patches = tile_h // patch_h * tile_w // 2
                 for images in (1, 2, 4, 8) if whole else (1,):
-                    warps_m = ceil_div(images * patches, 8)
+                    warps_m = round_up(ceil_div(images * patches, 8), 4 if wgmma else 1)
                     if warps_m > MAX_WARPS or images >= 2 * seg.batch:
                         break
                     filled = images * min(out_h, tile_h) * min(out_w, tile_w) / (16 * patch_h * warps_m)
                     if filled >= least_filled or (whole and images == 1 and patch_h == 1):
-                        yield Tile(tile_h=tile_h, tile_w=tile_w, images=images, patch_h=patch_h, warps_m=warps_m)
+                        yield Tile(tile_h, tile_w, images, patch_h, warps_m=warps_m, wgmma=wgmma)
 
 
 MAX_WARPS = 8  # of a thread block: beyond, barriers cost more than weights read once less
@@ -163,7 +163,8 @@ def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
     group, padded = seg.group, seg.padded_out
     chunks = [n * group for n in (1, 2, 4) if n == 1 or n <= seg.middle_groups]
     cuts = sorted({round_up(ceil_div(padded, n), group) for n in (1, 2, 3, 4, 6, 8)}, reverse=True)
-    for base in _spatial(seg, least_filled):
+    products = (0, 1) if gpu.sm == 90 and seg.element == 2 else (0,)  # of a warp, or of four
+    for base in (base for wgmma in products for base in _spatial(seg, least_filled, wgmma)):
         if seg.depthwise:
             grid = tiling(seg, base).tiles * ceil_div(seg.batch, base.images)
         else:
@@ -173,7 +174,9 @@ def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
             if not seg.project:
                 steps = ceil_div(seg.middle_groups * group, chunk)
                 for cut in sorted({chunk * ceil_div(steps, n) for n in (1, 2, 4, 8, 16, 32)}, reverse=True):
-                    yield replace(base, chunk=chunk, block_n=0 if cut >= padded else cut)
+                    tile = replace(base, chunk=chunk, block_n=0 if cut >= padded else cut)
+                    if not illegal(seg, tile):
+                        yield tile
                 continue
             for warps_n in (1, 2, 4):
                 if chunk // group % warps_n or base.warps_m * warps_n > MAX_WARPS:
@@ -185,7 +188,7 @@ def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
                     for split in (1, 2, 4, 8) if few and gpu.sm >= 90 else (1,):
                         tile = Tile(
                             base.tile_h, base.tile_w, base.images, base.patch_h, chunk, base.warps_m, warps_n,
-                            0 if cut >= padded else cut, split,
+                            0 if cut >= padded else cut, split, wgmma=base.wgmma,
                         )  # fmt: skip
                         if illegal(seg, tile):
                             break
