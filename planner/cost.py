@@ -392,9 +392,9 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
         if _exchanges(seg, t):
             planes += t.warps_m * groups * t.patch_h * 2 * fragment
     reduction = warps * t.patch_h * _warp_groups_n(seg, t) * (seg.group // 8) * fragment if t.split > 1 else 0
-    buffers = _steps(seg, t) if t.resident else 2  # of weights: all, or two of what a chunk step replaces
-    working = once + 2 * planes + buffers * weights
-    arrivals = 16
+    stages = 3 if seg.streams and t.wgmma and not t.resident else 2  # of what a chunk step replaces
+    working = once + stages * planes + (_steps(seg, t) if t.resident else stages) * weights
+    arrivals = 32
     # Tiles that follow need the working buffers.
     return arrivals + (working + reduction if t.resident else max(working, reduction))
 

@@ -40,10 +40,11 @@ struct Module {
   static constexpr bool kFetchesAhead = kAhead || (!kFirst && S.depthwise) || kStreams;
 
   static constexpr bool kWgmma = S.tile.wgmma;
+  static constexpr int kStages = stages(S), kEarly = kStages - 1;  // copies are asked for that many steps early
 
   // Shared memory: what a warpgroup multiplies comes first, since it must start at a multiple of kFragment.
-  static constexpr int kExchangeAt = 0;  // two
-  static constexpr int kProjectAt = kExchangeAt + 2 * exchange_bytes(S);
+  static constexpr int kExchangeAt = 0;  // one a stage
+  static constexpr int kProjectAt = kExchangeAt + kStages * exchange_bytes(S);
   static constexpr int kInputAt = kProjectAt + weight_buffers(S) * project_chunk_bytes(S);
   static constexpr int kFirstAt = kInputAt + first_input_bytes(S);
   static constexpr int kHaloAt = kFirstAt + weight_buffers(S) * first_chunk_bytes(S);  // two
@@ -90,9 +91,10 @@ struct Module {
   }
   FCM_DEVICE char* halo_buffer(int step) const { return shared + kHaloAt + ((phase + step) & 1) * halo_bytes(S); }
   FCM_DEVICE char* exchange_buffer(int step) const {
-    return shared + kExchangeAt + ((phase + step) & 1) * exchange_bytes(S);
+    return shared + kExchangeAt + stage(phase + step) * exchange_bytes(S);
   }
-  FCM_DEVICE static int weight_buffer(int step) { return kResident ? step : step & 1; }
+  FCM_DEVICE static int stage(int step) { return kStages == 2 ? step & 1 : step % kStages; }
+  FCM_DEVICE static int weight_buffer(int step) { return kResident ? step : stage(step); }
   FCM_DEVICE char* first_buffer(int step) const {
     return shared + kFirstAt + weight_buffer(step) * first_chunk_bytes(S);
   }
@@ -249,13 +251,13 @@ struct Module {
     copy_project(step - kLag, step);
     all_asked_for(step);
   }
-  FCM_DEVICE char* arrivals(int turn) const { return shared + kArrivalsAt + (turn & 1) * 8; }
+  FCM_DEVICE char* arrivals(int turn) const { return shared + kArrivalsAt + stage(turn) * 8; }
   FCM_DEVICE void all_asked_for(int turn) const {
     if constexpr (kBulkCopies)
       if (thread_index() == 0) bulk_asked_for(arrivals(turn));
   }
   FCM_DEVICE void wait_for_weights(int turn) const {
-    if constexpr (kBulkCopies) bulk_wait(arrivals(turn), turn >> 1 & 1);
+    if constexpr (kBulkCopies) bulk_wait(arrivals(turn), turn / kStages & 1);
   }
 
   // ---- Stages
@@ -688,13 +690,13 @@ struct Module {
       first_to_halo(0);
     }
     for (int step = 0; step < steps + kLag; ++step) {
-      copy_async_wait<0>();
+      copy_async_wait<kEarly - 1>();
       if (kResident ? !kAhead && phase + step == 0 : !kAhead || step > 0) wait_for_weights(step);
       if constexpr (kWgmma) wgmma_reads();
       block_sync();
-      if constexpr (!kResident) copy_weights(step + 1);
-      if (step + 1 < steps) {
-        if constexpr (!kFirst) copy_input(chunk(step + 1), step + 1);
+      if constexpr (!kResident) copy_weights(step + kEarly);
+      if (step + kEarly < steps) {
+        if constexpr (!kFirst) copy_input(chunk(step + kEarly), step + kEarly);
       } else if (kFetchesAhead && step + 1 == steps && more) {
         fetch_input(next, steps);
       }
@@ -720,7 +722,8 @@ struct Module {
     // Weights do not depend on the kernels before this one; inputs do.
     let_next_kernel_start();
     if constexpr (kBulkCopies) {
-      if (thread_index() == 0) bulk_init(arrivals(0)), bulk_init(arrivals(1));
+      if (thread_index() == 0)
+        for (int i = 0; i < kStages; ++i) bulk_init(arrivals(i));
       block_sync();
     }
     if constexpr (kResident) {
@@ -734,6 +737,12 @@ struct Module {
     wait_for_earlier_kernels();
     fetch_input(place, 0);
     copy_async_commit();
+    FCM_UNROLL
+    for (int i = 1; i < kEarly; ++i) {
+      copy_weights(i);
+      if (i < steps) copy_input(chunk(i), i);
+      copy_async_commit();
+    }
     if constexpr (kAhead > 0) {
       copy_async_wait<0>();
       wait_for_weights(0);

@@ -242,17 +242,19 @@ constexpr int reduction_bytes(const Spec& s) {
 constexpr int block_chunks(const Spec& s) {
   return has_project(s) ? ceil_div(chunks(s), s.tile.split) : ceil_div(block_n(s), s.tile.chunk);
 }
-constexpr int weight_buffers(const Spec& s) { return s.tile.resident ? block_chunks(s) : 2; }
+// Buffers of what a step copies: two, or three where products of warpgroups alone cannot hide a copy.
+constexpr int stages(const Spec& s) { return streams_input(s) && s.tile.wgmma && !s.tile.resident ? 3 : 2; }
+constexpr int weight_buffers(const Spec& s) { return s.tile.resident ? block_chunks(s) : stages(s); }
 // Everything that is written while something else is read has two buffers. The reduction comes after all of it,
 // in its place, unless there are tiles to follow.
 constexpr int working_bytes(const Spec& s) {
-  return first_input_bytes(s) + staged_bytes(s) + 2 * (halo_bytes(s) + exchange_bytes(s)) +
+  return first_input_bytes(s) + staged_bytes(s) + 2 * halo_bytes(s) + stages(s) * exchange_bytes(s) +
          weight_buffers(s) * (first_chunk_bytes(s) + depthwise_chunk_bytes(s) + project_chunk_bytes(s));
 }
 constexpr int reduction_at(const Spec& s) { return s.tile.resident ? working_bytes(s) : 0; }
-// Two barriers of 8 bytes, at which asynchronous copies of weights arrive.
+// Barriers of 8 bytes, one a stage, at which asynchronous copies of weights arrive.
 constexpr int arrivals_at(const Spec& s) { return max(working_bytes(s), reduction_at(s) + reduction_bytes(s)); }
-constexpr int shared_bytes(const Spec& s) { return arrivals_at(s) + 16; }
+constexpr int shared_bytes(const Spec& s) { return arrivals_at(s) + 32; }
 
 // ---- Launch
 

@@ -113,7 +113,7 @@ def random_tile(draw: st.DrawFn) -> Tile:
     few = st.integers(1, 4)
     return Tile(
         draw(st.integers(1, 16)), draw(st.integers(1, 16)), draw(few), draw(few), 16 * draw(few), draw(few), draw(few),
-        16 * draw(st.integers(0, 8)), draw(few), draw(few), draw(st.integers(0, 1)),
+        16 * draw(st.integers(0, 8)), draw(few), draw(few), draw(st.integers(0, 1)), draw(st.integers(0, 1)),
     )  # fmt: skip
 
 
