@@ -485,6 +485,13 @@ def memory_us(gpu: Gpu, dram: float, traffic: float, priors: Priors) -> tuple[fl
     return dram * missing / (gpu.memory_gbps * 1e3 * priors.dram_share), traffic / (gpu.l2_gbps * 1e3 * priors.l2_share)
 
 
+def cluster_sms(sms: int, split: int) -> int:
+    """SMs that clusters of `split` thread blocks reach at once (spec.h says why not all)."""
+    if split < 4:
+        return sms // split * split
+    return sms * 10 // 11 // 4 * 4 if split == 4 else sms * 6 // 7 // 8 * 8
+
+
 class Work(NamedTuple):
     """What a segment with a tile does, on any GPU. Counts of a step are one warp's, warp-wide operations."""
 
@@ -537,6 +544,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
             x_pixels = max(spatial * r * c, seg.input_elements // seg.c_in)
     steps = _steps(seg, t)
     apart = blocks_n * t.split  # thread blocks of a spatial tile
+    sms = max(t.split, cluster_sms(sms, t.split))
     spatial_blocks, busy = spatial, ceil_div(spatial * apart, sms)
     if t.resident:
         spatial_blocks = min(spatial, max(1, sms * t.blocks // apart))

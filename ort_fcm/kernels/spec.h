@@ -264,6 +264,12 @@ struct Launch {
   int mid_h, mid_w, out_h, out_w, tiles_x, tiles_y;
 };
 
+// Multiprocessors that clusters of `split` thread blocks reach at once: a cluster lies within one group of them, and the
+// groups of a chip are of uneven size (H200, measured: 30 clusters of 4, 14 of 8).
+constexpr int cluster_sms(int sms, int split) {
+  return split < 4 ? sms / split * split : split == 4 ? sms * 10 / 11 / 4 * 4 : sms * 6 / 7 / 8 * 8;
+}
+
 // The launch for X of `batch` images of h x w pixels on a GPU of `sms` multiprocessors, which only resident blocks care
 // for. A side that the windows leave nothing of is 0.
 constexpr Launch launch(const Spec& s, long long batch, long long h, long long w, int sms = 0) {
@@ -290,7 +296,7 @@ constexpr Launch launch(const Spec& s, long long batch, long long h, long long w
     l.grid_x = (batch * out_h * out_w + flat_pixels(s) - 1) / flat_pixels(s);
   }
   if (s.tile.resident && sms > 0) {
-    const long long blocks = max(1, sms * s.tile.blocks / (blocks_n(s) * s.tile.split));
+    const long long blocks = max(1, cluster_sms(sms, s.tile.split) * s.tile.blocks / (blocks_n(s) * s.tile.split));
     l.grid_x = l.grid_x < blocks ? l.grid_x : blocks;
   }
   l.grid_y = blocks_n(s), l.grid_z = l.cluster_z = s.tile.split;
