@@ -22,30 +22,32 @@ class Priors:
 
     dram_share: float = 0.90  # of memory_gbps that a copy reaches: 4.3 of 4.8 TB/s
     l2_share: float = 1.0  # of l2_gbps, itself an estimate of what is reached
-    l2_bytes_per_clock: float = 23.7  # L2 bytes that one SM takes in a clock
+    l2_bytes_per_clock: float = 23.14  # L2 bytes that one SM takes in a clock
+    weight_traffic: float = 0.007416  # of the time of other bytes from L2 that weights take, as many SMs ask for the same
     tensor_share: float = 1.0  # of the rate of mma.sync
     plain_share: float = 0.65  # of an SM's multiply-adds that products reach where there are no tensor cores
-    overlap: float = 2.2  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
-    alone: float = 0.545  # of that norm lost where an SM holds one thread block, half of it where it holds two
-    stream_overlap: float = 2.1  # the norm of a lone pointwise, which computes little while it waits
-    copy_instructions: float = 23.3  # a warp's 512 bytes of asynchronous copies of X: addresses, predicates, waits
+    overlap: float = 1.521  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
+    alone: float = 0.004958  # of that norm lost where an SM holds one thread block, half of it where it holds two
+    stream_overlap: float = 1.341  # the norm of a lone pointwise, which computes little while it waits
+    copy_instructions: float = 0.3064  # a warp's 512 bytes of asynchronous copies of X: addresses, predicates, waits
     weight_copy_instructions: float = 26.8  # the same, of weights, before sm_90
-    bulk_copy_instructions: float = 1.5  # the same, where one thread asks for all of a chunk's
-    gather_instructions: float = 411.0  # a 16-pixel tile of `first`: its places, and loading its input
-    store_instructions: float = 13.2  # a register of the output: bias, address, store
+    bulk_copy_instructions: float = 0.0595  # the same, where one thread asks for all of a chunk's
+    gather_instructions: float = 218.8  # a 16-pixel tile of `first`: its places, and loading its input
+    store_instructions: float = 14.81  # a register of the output: bias, address, store
     spill: float = 0.123  # more instructions where `blocks` takes 16 registers from a thread; grows as the square
-    clocks_per_instruction: float = 1.27  # of one warp alone
-    load_clocks: float = 2.01  # the same, of a vector from shared memory, beyond its instruction
-    product_clocks: float = 16.7  # the same, of a tensor-core product
-    wgmma_clocks: float = 6.0  # the same, of 8 channels of a product of 64 pixels
-    operand_share: float = 1.0  # of the time of a shared memory access that an operand of wgmma takes
-    step_clocks: float = 890.0  # of a chunk step: its barrier, and the copies' latency that is not hidden
-    resident_step_clocks: float = 345.0  # the same, where weights are resident
-    block_clocks: float = 2430.0  # of a thread block: its first loads, its last stores
-    stream_step_clocks: float = 757.0  # the same, of a lone pointwise: a product alone hides little of X's latency
-    turn_clocks: float = 208.0  # of every tile of a resident thread block: what of that is not overlapped
-    split_clocks: float = 3290.0  # of a cluster: its barriers and the partial sums through distributed shared memory
-    tail_rounds: float = 0.0865  # rounds lost where thread blocks do not all fit the GPU at once
+    clocks_per_instruction: float = 2.746  # of one warp alone
+    load_clocks: float = 0.2019  # the same, of a vector from shared memory, beyond its instruction
+    product_clocks: float = 21.12  # the same, of a tensor-core product
+    wgmma_clocks: float = 0.9438  # the same, of 8 channels of a product of 64 pixels
+    operand_share: float = 1.465  # of the time of a shared memory access that an operand of wgmma takes
+    step_clocks: float = 658.5  # of a chunk step: its barrier, and the copies' latency that is not hidden
+    resident_step_clocks: float = 46.81  # the same, where weights are resident
+    block_clocks: float = 1607  # of a thread block: its first loads, its last stores
+    stream_step_clocks: float = 122.7  # the same, of a lone pointwise: a product alone hides little of X's latency
+    resident_stream_step_clocks: float = 599.3  # and with resident weights, whose copies are two steps ahead at most
+    turn_clocks: float = 3.979  # of every tile of a resident thread block: what of that is not overlapped
+    split_clocks: float = 1859  # of a cluster: its barriers and the partial sums through distributed shared memory
+    tail_rounds: float = 0.1587  # rounds lost where thread blocks do not all fit the GPU at once
     launch_us: float = 1.2  # of a kernel in a captured graph
     base_registers: int = 52  # addresses, counters, pipeline state
     resident_registers: int = 24  # of a thread with resident weights: the next tile's places
@@ -63,10 +65,10 @@ class Priors:
 
 PRIORS = Priors()
 FITTED = (
-    "overlap", "alone", "stream_overlap", "l2_bytes_per_clock", "copy_instructions", "bulk_copy_instructions",
-    "gather_instructions", "store_instructions", "spill", "clocks_per_instruction", "load_clocks", "product_clocks",
-    "wgmma_clocks", "operand_share", "step_clocks", "resident_step_clocks", "block_clocks", "stream_step_clocks",
-    "turn_clocks", "split_clocks", "tail_rounds",
+    "overlap", "alone", "stream_overlap", "l2_bytes_per_clock", "weight_traffic", "copy_instructions",
+    "bulk_copy_instructions", "gather_instructions", "store_instructions", "spill", "clocks_per_instruction",
+    "load_clocks", "product_clocks", "wgmma_clocks", "operand_share", "step_clocks", "resident_step_clocks",
+    "block_clocks", "stream_step_clocks", "resident_stream_step_clocks", "turn_clocks", "split_clocks", "tail_rounds",
 )  # fmt: skip
 
 # By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
@@ -645,7 +647,7 @@ def times(
     step = w.loads * priors.load_clocks
     step += w.products * (priors.wgmma_clocks if w.operands else priors.product_clocks)
     if seg.streams:
-        step += priors.stream_step_clocks
+        step += priors.resident_stream_step_clocks if keeps else priors.stream_step_clocks
     else:
         step += priors.resident_step_clocks if keeps else priors.step_clocks
     turn = w.steps * step + tile * priors.clocks_per_instruction + (priors.turn_clocks if keeps else 0)
@@ -655,8 +657,9 @@ def times(
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps
     macs = 2048 if seg.element == 2 else 1024
     # What resident thread blocks fetch once is left out: more SMs fetch more of it, and are no slower.
-    dram_us, l2_us = memory_us(gpu, w.dram, w.moved + (0 if keeps else w.weights), priors)
-    sm_bytes = w.busy * (w.turns * w.moved / w.pieces + w.weights / w.grid)
+    weights = priors.weight_traffic * w.weights
+    dram_us, l2_us = memory_us(gpu, w.dram, w.moved + (0 if keeps else weights), priors)
+    sm_bytes = w.busy * (w.turns * w.moved / w.pieces + weights / w.grid)
     vectors = w.turns * (w.loads + w.stores + w.copies + priors.operand_share * w.operands) + w.weight_copies
     return {
         "dram": dram_us,
