@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -107,8 +107,15 @@ def _steps(view: View, segments: list[Segment], at: dict[int, int], store: _Stor
     for index in reversed(range(len(view.nodes))):
         if index in at:
             segment = segments[at[index]]
-            needed |= {segment.stages[0].source, segment.stages[-1].residual}
-            steps.append(Step(segment=segment))
+            first = segment.stages[0]
+            needed |= {first.source, segment.stages[-1].residual}
+            if first.repeats > 1:
+                node = _repeat(view, first, store)
+                stages = (replace(first, source=node.output[0]), *segment.stages[1:])
+                segments[at[index]] = segment = replace(segment, stages=stages)
+                steps += [Step(segment=segment), Step(node=node)]
+            else:
+                steps.append(Step(segment=segment))
         elif not needed.isdisjoint(view.nodes[index].output):
             node = NodeProto()
             if (moved := channel_gather(view, index)) is not None:
@@ -122,6 +129,20 @@ def _steps(view: View, segments: list[Segment], at: dict[int, int], store: _Stor
             needed.update([*node.input, *captured(node)])
             steps.append(Step(node=node))
     return steps[::-1]
+
+
+def _repeat(view: View, stage: Stage, store: _Store) -> NodeProto:
+    """The node that repeats each channel of the stage's source, whose output the view then knows."""
+    channels = np.arange(stage.in_channels, dtype=np.int64) // stage.repeats
+    name, output = store.constant(channels, "channels"), f"{stage.output}/repeated"
+    view.initializers[name] = store.named(name)
+    node = helper.make_node("Gather", [stage.source, name], [output], name=output, axis=1)
+    shapes = view.shapes
+    shapes.types[output] = view.type(stage.source)
+    shapes.symbolic[output] = (*range(4),)
+    if (size := view.planned(stage.source)) is not None:
+        shapes.planned[output] = (size[0], stage.in_channels, *size[2:])
+    return node
 
 
 def _module(view: View, step: Step, functions: Functions, store: _Store, gpu: str) -> NodeProto:
@@ -155,7 +176,14 @@ def _module(view: View, step: Step, functions: Functions, store: _Store, gpu: st
 
 def _weights(view: View, stage: Stage, store: _Store, dtype: np.dtype[Any]) -> tuple[str, str]:
     """Names of weight and bias, with what folds into them."""
+    weight = view.constant(stage.weight)
+    assert weight is not None
+    grouped = stage.kind == "conv" and weight.shape[1] < stage.in_channels
+    if grouped:
+        weight = _dense(weight, stage.in_channels)
     if stage.scale is None and stage.shift is None:
+        if grouped:
+            return store.constant(weight, "weight"), stage.bias
         names = [stage.weight, stage.bias]
         for i, name in enumerate(names):
             # of one shared with other nodes, a copy: where ONNX Runtime casts it for these, it is constant no more
@@ -164,12 +192,22 @@ def _weights(view: View, stage: Stage, store: _Store, dtype: np.dtype[Any]) -> t
                 assert value is not None
                 names[i] = store.constant(value, "weight")
         return names[0], names[1]
-    weight = view.constant(stage.weight)
-    assert weight is not None and stage.scale is not None and stage.shift is not None
+    assert stage.scale is not None and stage.shift is not None
     bias = view.constant(stage.bias) if stage.bias else None
     shift = stage.shift + (0 if bias is None else bias.astype(np.float64) * stage.scale)
     scaled = weight.astype(np.float64) * stage.scale.reshape(-1, 1, 1, 1)
     return store.constant(scaled.astype(dtype), "weight"), store.constant(shift.astype(dtype), "bias")
+
+
+def _dense(weight: Array, channels: int) -> Array:
+    """The weight of a grouped convolution, [M, channels / groups, kH, kW], as that of one group: zeros elsewhere."""
+    outputs, each = weight.shape[:2]
+    groups = channels // each
+    result = np.zeros((outputs, channels, *weight.shape[2:]), weight.dtype)
+    for m in range(outputs):
+        first = m * groups // outputs * each
+        result[m, first : first + each] = weight[m]
+    return result
 
 
 def _attributes(segment: Segment, last_in: bool, last_out: bool, gpu: str) -> dict[str, Any]:

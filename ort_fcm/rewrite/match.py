@@ -49,6 +49,9 @@ class Stage:
     activation: Activation = NO_ACTIVATION
     residual: str = ""
     output_activation: Activation = NO_ACTIVATION
+    repeats: int = (
+        1  # of each channel of `source`: a depthwise with a channel multiplier, on channels repeated so often
+    )
 
     @property
     def conv(self) -> int:
@@ -123,9 +126,10 @@ def stage(view: View, index: int) -> Stage | str:
     kind = _kind(in_channels, out_channels, group, kernel, padded)
     if kind not in ("dw", "pw", "conv"):
         return kind
+    repeats = out_channels // in_channels if kind == "dw" else 1
     found = Stage(
-        kind, source, node.output[0], weight, bias, in_channels, out_channels, kernel, strides, dilations, padded,
-        (index, *pad_nodes),
+        kind, source, node.output[0], weight, bias, in_channels * repeats, out_channels, kernel, strides, dilations,
+        padded, (index, *pad_nodes), repeats=repeats,
     )  # fmt: skip
     if node.op_type == "FusedConv":
         return fused_conv(view, node, found)
@@ -135,16 +139,15 @@ def stage(view: View, index: int) -> Stage | str:
 
 
 def _kind(in_channels: int, out_channels: int, group: int, kernel: tuple[int, int], pads: Sequence[int]) -> str:
+    """The kind of stage, or why it is none. Over few channels, groups are cheap as a dense convolution with zeros."""
     if group == 1 and kernel == (1, 1) and not any(pads):
         return "pw"
-    if group > 1 and group == in_channels == out_channels:
+    if group > 1 and group == in_channels and (in_channels > STEM_CHANNELS or out_channels == in_channels):
         return "dw"
-    if group > 1 and group == in_channels:
-        return f"depthwise with a channel multiplier of {out_channels // group}"
-    if group > 1:
-        return f"grouped convolution ({group} groups of {in_channels // group} channels)"
     if in_channels <= STEM_CHANNELS:
         return "conv"
+    if group > 1:
+        return f"grouped convolution ({group} groups of {in_channels // group} channels)"
     size = f"{kernel[0]}x{kernel[1]}"
     return f"dense {size} convolution over {in_channels} channels, left to ONNX Runtime's own kernel"
 
@@ -281,7 +284,7 @@ def with_residual(view: View, found: Stage, taken: set[int]) -> Stage:
 def _follower(view: View, item: Stage, by_source: dict[str, list[Stage]]) -> Stage | None:
     """The stage that alone uses the output of `item`."""
     output, after = view.name(item.output), by_source.get(view.name(item.output), [])
-    if item.residual or len(after) != 1 or view.is_output(output):
+    if item.residual or len(after) != 1 or view.is_output(output) or after[0].repeats > 1:
         return None
     readers = {index for index, _ in view.uses(output)}
     pad = set(after[0].nodes) if len(readers) == 1 else set()
