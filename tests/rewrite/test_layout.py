@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto
 
 from ort_fcm.rewrite.layout import TO_NCHW, TO_NHWC, _Cut
 from tests.rewrite.networks import Net, assert_same
@@ -217,11 +219,27 @@ def _by_parity(net: Net, x: str, batch: int) -> list[str]:
     return [net.op("Gather", halves, net.const(i, np.int64), axis=0) for i in (0, 1)]
 
 
+def _measured(net: Net, x: str, batch: int) -> list[str]:
+    """Every size taken from the tensor, as a trace with dynamic axes has it."""
+    shape = net.op("Shape", net.op("Softsign", x))
+    n, c, h, w = (net.op("Gather", shape, net.const(i, np.int64), axis=0) for i in range(4))
+    half = net.op("Div", net.op("Cast", c, to=TensorProto.FLOAT), net.const(2, np.float32))
+    half = net.op("Cast", net.op("Floor", half), to=TensorProto.INT64)
+
+    def together(*sizes: str) -> str:
+        return str(net.op("Concat", *(net.op("Unsqueeze", s, net.const([0], np.int64)) for s in sizes), axis=0))
+
+    first = net.op("Reshape", x, together(n, net.const(2, np.int64), half, h, w))
+    moved = net.op("Transpose", first, perm=[0, 2, 1, 3, 4])
+    return [net.op("Reshape", moved, together(n, net.const(-1, np.int64), h, w))]
+
+
 SHUFFLES: dict[str, Callable[[Net, str, int], list[str]]] = {
     "5-D": lambda net, x, n: [_reshapes(net, x, n, [n, 3, 4, 6, 6], [n, 12, 6, 6], perm=[0, 2, 1, 3, 4])],
     "any batch": lambda net, x, n: [_reshapes(net, x, n, [-1, 2, 6, 6, 6], [0, -1, 6, 6], perm=[0, 2, 1, 3, 4])],
     "flat map": lambda net, x, n: [_reshapes(net, x, n, [0, 2, 6, -1], [0, 12, 6, 6], perm=[0, 2, 1, 3])],
     "by parity": _by_parity,
+    "sizes taken": _measured,
 }
 
 
@@ -241,6 +259,37 @@ def test_channel_shuffles_stay_channels_last(name: str, batch: int | None, fuse:
     assert done["Gather"] == len(net.outputs) and not {"Reshape", "Transpose"} & set(done), done
     assert all(m["input_layout"] == "NHWC" for m in modules(result.model)[1:])
     assert_same(model, result.model, seed)
+
+
+@pytest.mark.parametrize("size", [("n", 8, "h", "w"), (2, 8, "h", 6), (None, 8, None, None)])
+def test_a_channel_shuffle_at_any_size(size: tuple[Any, ...], fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    x = net.op("Relu", net.depthwise(net.op("Relu", net.conv(net.input(*size), 12)), strides=[2, 2]))
+    (y,) = _measured(net, x, 0)
+    net.channels[y] = 12
+    net.output(net.depthwise(y))
+    model = net.model()
+    result = fuse(model)
+    assert ops(result.model) == {"FusedConvModule": 2, "Gather": 1}
+    assert layouts(result.model) == ["NCHW NHWC", "NHWC NCHW"]
+    assert_same(model, result.model, seed)
+
+
+def test_a_shuffle_by_another_tensors_sizes_stays(fuse: Fuse, seed: int) -> None:
+    """Which only may be those of the tensor that it moves."""
+    net = Net(seed=seed)
+    x = net.op("Relu", net.conv(net.input(1, 12, "h", "w"), 12))
+    other = net.op("Shape", net.input("a", "b", "c", "d", name="other"))
+    n, c, h, w = (net.op("Slice", other, net.const([i], np.int64), net.const([i + 1], np.int64)) for i in range(4))
+    sizes = net.op("Concat", n, net.const([2, -1], np.int64), h, w, axis=0)
+    moved = net.op("Transpose", net.op("Reshape", x, sizes), perm=[0, 2, 1, 3, 4])
+    y = net.op("Reshape", moved, net.op("Concat", n, c, h, w, axis=0))
+    net.channels[y] = 12
+    net.output(net.depthwise(y))
+    model = net.model()
+    result = fuse(model, check=False)
+    assert {"Reshape", "Transpose"} <= set(ops(result.model)) and ops(result.model)["Gather"] == 0
+    onnx.checker.check_model(result.model)
 
 
 def test_what_moves_more_than_channels_is_no_shuffle(fuse: Fuse, seed: int) -> None:
