@@ -14,6 +14,7 @@ from ort_fcm.device import present_gpu
 from ort_fcm.errors import FcmError
 from ort_fcm.planner import Gpu, Plan, PlannerError
 from ort_fcm.planner import gpu as gpu_by_name
+from ort_fcm.rewrite.channels_last import move_transposes
 from ort_fcm.rewrite.emit import DOMAIN, IR_VERSION, OP, VERSION, Functions, emit
 from ort_fcm.rewrite.float16 import to_float16
 from ort_fcm.rewrite.graph import View, label
@@ -143,13 +144,16 @@ def _rewrite(
     """Rewrite in place."""
     if any(node.domain == DOMAIN and node.op_type == OP for node in model.graph.node):
         raise FcmError("the model has been rewritten already: it contains FusedConvModule nodes")
-    called = onnx.ModelProto()
+    unchanged = onnx.ModelProto()
+    if model.functions or any(node.op_type == "Transpose" for node in model.graph.node):
+        unchanged.CopyFrom(model)
     if model.functions:
-        called.CopyFrom(model)
         _inline(model)
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     overridable = {tensor.name for tensor in model.graph.initializer} & {value.name for value in model.graph.input}
     shapes = infer(model, batch)
+    if move_transposes(View(model.graph, shapes, opset, overridable)):
+        shapes = infer(model, batch)
     functions = Functions(opset)
     plans: list[Plan] = []
     for view in _views(model.graph, View(model.graph, shapes, opset, overridable)):
@@ -163,8 +167,8 @@ def _rewrite(
         model.ir_version = max(model.ir_version, IR_VERSION)
         model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
         model.functions.extend(functions.protos())
-    elif called.functions:
-        model.CopyFrom(called)
+    elif unchanged.ir_version:
+        model.CopyFrom(unchanged)
     return tuple(plans)
 
 

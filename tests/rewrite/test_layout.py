@@ -53,6 +53,68 @@ def test_transposes_of_a_channels_last_network_cancel(fuse: Fuse, seed: int) -> 
     assert_same(model, result.model, seed)
 
 
+def wrapped(net: Net, x: str, out: int, kernel: int = 1, depthwise: bool = False, **options: Any) -> str:
+    """A convolution of a channels-last tensor between Transposes, and its bias behind these."""
+    inside = net.op("Transpose", x, perm=TO_NCHW)
+    group = net.channels[x] if depthwise else 1
+    y = net.op("Transpose", net.conv(inside, out, kernel, group=group, bias=False, **options), perm=TO_NHWC)
+    y = net.op("Add", y, net.const(net.rng.standard_normal(out)))
+    net.channels[y] = out
+    return str(y)
+
+
+@pytest.mark.parametrize("batch", [1, "n"])
+@pytest.mark.parametrize("opset", [10, 17, 18])
+def test_convolutions_each_between_transposes(opset: int, batch: int | str, fuse: Fuse, seed: int) -> None:
+    """As a channels-last framework's export has them before any optimisation: bias, activation, pad, Add outside."""
+    net = Net(seed=seed, opset=opset)
+
+    def six(y: str) -> str:
+        if opset < 11:
+            return str(net.op("Clip", y, min=0.0, max=6.0))
+        return str(net.op("Clip", y, net.const(0), net.const(6)))
+
+    def padded(y: str) -> str:
+        amounts = [0, 1, 0, 0, 0, 1, 2, 0]
+        return str(net.op("Pad", y, pads=amounts) if opset < 11 else net.op("Pad", y, net.const(amounts, np.int64)))
+
+    image = net.input(batch, 20, 20, 3)
+    net.channels[image] = 3
+    x = six(wrapped(net, image, 8, 3, pads=[0, 0, 0, 0], strides=[2, 2]))
+    net.channels[x] = 8
+    y = six(wrapped(net, x, 24))
+    y = net.op("PRelu", wrapped(net, y, 24, 3, True), net.const(net.rng.uniform(0, 1, (1, 1, 24))))
+    x = net.op("Add", wrapped(net, y, 8), x)
+    y = six(wrapped(net, padded(x), 8, 3, True, pads=[0, 0, 0, 0], strides=[2, 2]))
+    y = net.op("Concat", y, wrapped(net, x, 8, strides=[2, 2]), axis=3)
+    net.channels[y] = 16
+    y = net.op("Mul", y, net.op("Sigmoid", y))
+    y = wrapped(net, y, 8)
+    net.output(y)
+    mean = {"axes": [1, 2]} if opset < 18 else {}
+    means = [
+        net.op("ReduceMean", y, *([] if mean else [net.const([1, 2], np.int64)]), keepdims=k, **mean) for k in (0, 1)
+    ]
+    net.output(means[0], rank=2)
+    net.output(net.op("Softmax", means[1], axis=3))
+    model = net.model()
+    result = fuse(model)
+    found = [m["stages"] for m in modules(result.model)]
+    assert found == ["conv-pw", "dw-pw", "dw", "pw", "pw"] or found == ["conv", "pw-dw-pw", "dw", "pw", "pw"], found
+    assert modules(result.model)[1]["activations"].startswith(("prelu", "clip,prelu"))
+    assert {"Transpose", "Clip", "PRelu", "Pad", "Add"}.isdisjoint(ops(result.model)), ops(result.model)
+    assert_same(model, result.model, seed)
+
+
+def test_channels_last_nodes_without_a_module_stay(fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed, dtype=np.float64)
+    image = net.input(1, 9, 9, 4)
+    net.channels[image] = 4
+    net.output(net.op("Relu", wrapped(net, net.op("Relu", wrapped(net, image, 8)), 8)))
+    model = net.model()
+    assert fuse(model, check=False).model == model
+
+
 def between(net: Net, x: str, y: str) -> dict[str, Callable[[], list[str]]]:
     """Nodes between modules that run in either layout, on x and y of [1, 8, 10, 10]."""
     per_channel, plane = net.rng.standard_normal((8, 1, 1)), net.rng.standard_normal((1, 8, 10, 10))
