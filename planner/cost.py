@@ -8,7 +8,8 @@ sizes are bytes, times microseconds.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from math import gcd
 from typing import NamedTuple
 
 from .chain import STAGES, Chain, Layer, Tile, ceil_div, round_up
@@ -77,6 +78,8 @@ _ACTIVATION = {"none": 0, "relu": 1, "clip": 2, "hardswish": 4, "hardsigmoid": 3
 
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
+FRAGMENT = 512  # bytes of an operand of a warp: 32 lanes x 16
+SECTOR = 32  # bytes that L2 hands out at least
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,20 @@ class Segment:
     @cached_property
     def weight_elements(self) -> int:
         return sum(layer.weights for layer in self.layers)
+
+    @cached_property
+    def group_bytes(self) -> int:
+        """Weights of first and depthwise as packed for a group of middle channels, with their biases."""
+        total = 0
+        if self.first:
+            total += self.group // 8 * self.first_steps * 256 + self.vector_bytes(self.first)
+        if self.depthwise:
+            total += self.depthwise.taps * 64 + self.vector_bytes(self.depthwise)
+        return total
+
+    def vector_bytes(self, layer: Layer) -> int:
+        """Bias, and slope of a PRelu, of a group."""
+        return self.group * 4 * (2 if layer.activation == "prelu" else 1)
 
     @cached_property
     def compulsory_bytes(self) -> int:
@@ -339,16 +356,11 @@ def _first_in_registers(seg: Segment, tile: Tile) -> bool:
 def shared_bytes(seg: Segment, tile: Tile) -> int:
     """Shared memory of a thread block."""
     t, groups, warps = tile, tile.chunk // seg.group, tile.warps_m * tile.warps_n
-    fragment = 512  # 32 lanes x 16 bytes
-    once = planes = weights = 0
-
-    def vectors(layer: Layer) -> int:  # bias, and slope of a PRelu, of a group
-        return seg.group * 4 * (2 if layer.activation == "prelu" else 1)
-
-    if seg.first:
-        weights += groups * (seg.group // 8 * seg.first_steps * 256 + vectors(seg.first))
-        if not _first_in_registers(seg, t):
-            once = warps * _first_tiles(seg, t) * ceil_div(seg.first_steps, 2) * 2 * fragment
+    fragment = FRAGMENT
+    once = planes = 0
+    weights = groups * seg.group_bytes
+    if seg.first and not _first_in_registers(seg, t):
+        once = warps * _first_tiles(seg, t) * ceil_div(seg.first_steps, 2) * 2 * fragment
     if seg.depthwise:
         spatial = tiling(seg, t)
         if seg.first and seg.first.kind == "conv":  # the patch of X under the halo region
@@ -356,7 +368,6 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
             columns = (spatial.halo_columns - 1) * seg.first.stride[1] + seg.first.reach[1]
             once += round_up(t.images * seg.c_in * rows * round_up(columns + 1, 2) * seg.element, 16)
         planes += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
-        weights += groups * (seg.depthwise.taps * 64 + vectors(seg.depthwise))
     if seg.project:
         weights += groups * (block_n(seg, t) // 8) * fragment
         if seg.streams or t.warps_n > 1:  # what feeds `project` passes between warps
@@ -365,6 +376,25 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
     buffers = _steps(seg, t) if t.resident else 2  # of weights: all, or two of what a chunk step replaces
     working = once + 2 * planes + buffers * weights
     return working + reduction if t.resident else max(working, reduction)  # tiles that follow need the working buffers
+
+
+def packed_bytes(seg: Segment, tile: Tile) -> tuple[int, int]:
+    """Weights as they lie in memory, padded to whole chunks, with biases: of first and depthwise, and of project."""
+    groups = round_up(seg.middle_groups, tile.chunk // seg.group)
+    if not seg.project:
+        return groups * seg.group_bytes, 0
+    biases = round_up(seg.c_out, seg.group) // seg.group * seg.vector_bytes(seg.project)
+    return groups * seg.group_bytes, groups * (seg.padded_out // 8) * FRAGMENT + biases
+
+
+@lru_cache(maxsize=4096)
+def touched_bytes(channels: int, element: int) -> float:
+    """Bytes of the sectors that a pixel's groups of 64 bytes touch, one group after another: the mean over pixels that
+    follow one another in memory."""
+    pixel = channels * element
+    period = SECTOR // gcd(pixel, SECTOR)
+    groups = [(i * pixel + at, i * pixel + min(at + 64, pixel)) for i in range(period) for at in range(0, pixel, 64)]
+    return SECTOR * sum(ceil_div(end, SECTOR) - start // SECTOR for start, end in groups) / period
 
 
 def _steps(seg: Segment, tile: Tile) -> int:
@@ -509,8 +539,14 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     # read different channels of X.
     x_reads = (t.split if seg.first else 1) * (blocks_n if seg.project or seg.first else 1)
     recomputed = blocks_n if seg.project else 1
-    moved = x_reads * x_pixels * seg.c_in + out_pixels * seg.c_out * (2 if seg.residual else 1)
-    fetched = sum(part.weights * (1 if part is seg.project else recomputed) for part in seg.layers)
+    x_bytes, y_bytes = float(e * seg.c_in), float(e * seg.c_out)  # of a pixel
+    vector = 16 // e  # channels
+    if seg.c_in % vector == 0 and (seg.streams or (layer and not seg.first)):  # copied past L1
+        x_bytes = touched_bytes(seg.c_in, e)
+    written = touched_bytes(seg.c_out, e) if seg.c_out % vector == 0 else y_bytes
+    moved = x_reads * x_pixels * x_bytes + out_pixels * (written + (y_bytes if seg.residual else 0))
+    inner, outer = packed_bytes(seg, t)
+    padding = inner + outer - e * seg.weight_elements
 
     # Work of a warp in a chunk step.
     pack = 2 if e == 2 else 1
@@ -568,8 +604,9 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         done += out_pixels * seg.project.weights
     return Work(
         spatial * apart, spatial_blocks * apart, ceil_div(spatial, spatial_blocks), busy, warps, steps, t.split,
-        e * moved, e * spatial_blocks * fetched, seg.compulsory_bytes, products, values, loads, stores,
-        copied / 512 / warps, copied_weights / 512 / warps, tiles, ends, max(1.0, done / seg.multiply_adds),
+        int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, products, values,
+        loads, stores, copied / 512 / warps, copied_weights / 512 / warps, tiles, ends,
+        max(1.0, done / seg.multiply_adds),
     )  # fmt: skip
 
 

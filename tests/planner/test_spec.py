@@ -13,16 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner import GPUS, Chain, Gpu, Layer, Tile, candidates
-from planner.cost import Segment, estimate, illegal, segment, shared_bytes
+from planner.cost import Segment, estimate, illegal, packed_bytes, segment, shared_bytes
 
 KERNELS = Path(__file__).parents[2] / "ort_fcm" / "kernels"
 ACTIVATIONS = {"none": 0, "clip": 2, "prelu": 10}
 
-# Reads specs as integers, writes shared memory, thread blocks, and why a spec is illegal.
+# Reads specs as integers, writes shared memory, thread blocks, bytes of packed weights and biases, and why a spec is
+# illegal.
 PROGRAM = """
 #include <cstdio>
 #include <initializer_list>
-#include "spec.h"
+#include "pack.h"
 static int next() { int v; if (std::scanf("%d", &v) != 1) v = 0; return v; }
 static fcm::Window window() {
   fcm::Window w;
@@ -46,13 +47,19 @@ int main() {
     const int batch = next(), height = next(), width = next(), sms = next();
     const char* why = fcm::illegal(s);
     const fcm::Launch l = why ? fcm::Launch{} : fcm::launch(s, batch, height, width, sms);
-    std::printf("%d %lld %s\\n", l.shared_bytes, l.grid_x * l.grid_y * l.grid_z, why ? why : "");
+    const auto vector = [&](bool there, bool project, const fcm::Act& act) {
+      return there ? fcm::padded_vector(s, project) * (act.kind == fcm::Activation::prelu ? 8 : 4) : 0;
+    };
+    const long long packed = why ? 0 : fcm::packed_first_bytes(s) + fcm::packed_depthwise_bytes(s) +
+        fcm::packed_project_bytes(s) + vector(s.first != fcm::Dense::none, false, s.first_act) +
+        vector(s.depthwise, false, s.depthwise_act) + vector(fcm::has_project(s), true, s.project_act);
+    std::printf("%d %lld %lld %s\\n", l.shared_bytes, l.grid_x * l.grid_y * l.grid_z, packed, why ? why : "");
     std::fflush(stdout);
   }
 }
 """
 
-Ask = Callable[[Segment, Tile, int], tuple[int, int, str]]
+Ask = Callable[[Segment, Tile, int], tuple[int, int, int, str]]
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +71,11 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     (folder / "ask.cc").write_text(PROGRAM)
     subprocess.run([compiler, "-std=c++17", f"-I{KERNELS}", "ask.cc", "-o", "ask"], cwd=folder, check=True)
 
-    def run(seg: Segment, tile: Tile, sms: int) -> tuple[int, int, str]:
+    def run(seg: Segment, tile: Tile, sms: int) -> tuple[int, int, int, str]:
         text = " ".join(str(int(value)) for value in [*numbers(seg, tile), sms])
         done = subprocess.run([folder / "ask"], input=text, capture_output=True, text=True, check=True)
-        shared, grid, *why = done.stdout.rstrip("\n").split(" ", 2)
-        return int(shared), int(grid), why[0] if why else ""
+        shared, grid, packed, *why = done.stdout.rstrip("\n").split(" ", 3)
+        return int(shared), int(grid), int(packed), why[0] if why else ""
 
     return run
 
@@ -126,10 +133,11 @@ def test_random_tiles_are_judged_alike(ask: Ask, seg: Segment, data: st.DataObje
     tile = data.draw(st.composite(random_tile)())
     if tile.images > 1:  # several images need the whole map: the planner's own rule
         tile = replace(tile, images=1)
-    shared, _, why = ask(seg, tile, 0)
+    shared, _, packed, why = ask(seg, tile, 0)
     assert bool(illegal(seg, tile)) == bool(why), (illegal(seg, tile), why)
     if not why:
         assert shared_bytes(seg, tile) == shared
+        assert sum(packed_bytes(seg, tile)) == packed
 
 
 @SETTINGS
@@ -141,4 +149,4 @@ def test_planned_tiles_are_true_to_the_kernels(ask: Ask, seg: Segment, card: Gpu
         return
     module = data.draw(st.sampled_from(found))
     cost = estimate(seg, module.tile, card)
-    assert cost and ask(seg, module.tile, card.sms) == (module.shared_bytes, cost.grid, "")
+    assert cost and ask(seg, module.tile, card.sms)[:2] == (module.shared_bytes, cost.grid)
