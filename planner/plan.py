@@ -89,9 +89,9 @@ class Plan:
             modules = tuple(Module(**{**entry, "tile": Tile.parse(entry["tile"])}) for entry in data["modules"])
             skips = tuple(Skip(**entry) for entry in data["skips"])
             plan = cls(**{**data, "chain": chain, "gpu": gpu, "modules": modules, "skips": skips})
+            plan.check()
         except (TypeError, KeyError, AttributeError) as error:
             raise PlannerError(f"not a plan: {error}") from None
-        plan.check()
         return plan
 
     def check(self) -> None:

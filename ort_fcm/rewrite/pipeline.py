@@ -20,7 +20,7 @@ from ort_fcm.rewrite.float16 import to_float16
 from ort_fcm.rewrite.graph import View, label
 from ort_fcm.rewrite.load import check_writable, load, save
 from ort_fcm.rewrite.match import CONVOLUTIONS, chains
-from ort_fcm.rewrite.plan import Planned
+from ort_fcm.rewrite.plan import Planned, read_plans
 from ort_fcm.rewrite.plan import plan as make_plan
 from ort_fcm.rewrite.report import CheckReport, ModuleReport, Report, Skipped
 from ort_fcm.rewrite.shapes import infer
@@ -48,7 +48,7 @@ def rewrite(
     batch: int | None = None,
     float16: bool = False,
     constants: bool = False,
-    plan: Sequence[Plan] = (),
+    plan: Sequence[Plan] | str | Path = (),
     check: bool = True,
     objective: str = "time",
     tune: bool = False,
@@ -60,16 +60,23 @@ def rewrite(
     gpu: the name of the GPU to plan for; by default the one present, or without one H200.
     batch: what a dynamic batch is planned for, 1 by default. float16: convert weights and what lies inside; graph
     inputs and outputs keep their type. constants: the caller's word that initializers which are also graph inputs are
-    never overridden; these inputs go. plan: plans to use for the chains of the same name. check: compare with the
-    original on the CPU. objective: "time" or "traffic", what the planner minimises. tune: choose by times measured on
-    the GPU present, in about `tune_seconds`; the result runs on other machines with such a GPU.
+    never overridden; these inputs go. plan: plans to use for the chains of the same name, or the file of
+    `ort-fcm plan --json`, perhaps edited; it says the GPU too. check: compare with the original on the CPU. objective:
+    "time" or "traffic", what the planner minimises. tune: choose by times measured on the GPU present, in about
+    `tune_seconds`; the result runs on other machines with such a GPU.
 
     FcmError, and nothing written, when the input is bad or the check fails.
     """
     path = Path(output) if output is not None else None
     if path is not None:
         check_writable(path)
+    given = read_plans(Path(plan)) if isinstance(plan, str | Path) else tuple(plan)
     target, is_default = (gpu_to_tune_for(gpu), False) if tune else choose_gpu(gpu)
+    for item in given:
+        if gpu is None and not tune:
+            target, is_default, gpu = item.gpu, False, item.gpu.name
+        if item.gpu != target:
+            raise FcmError(f"the plan of chain '{item.chain.name}' is for {item.gpu.name}, not {target.name}")
     if tune and objective != "time":
         raise FcmError(f"tuning measures time; it cannot minimise {objective}")
     original = load(model)
@@ -82,7 +89,7 @@ def rewrite(
         if float16:
             result = to_float16(result)
         tuner = Tuner(target, tune_seconds) if tune else None
-        plans = _rewrite(result, report, target, batch, plan, objective, tuner)
+        plans = _rewrite(result, report, target, batch, given, objective, tuner)
     except FcmError:
         raise
     except Exception:
@@ -163,6 +170,8 @@ def _rewrite(
         reasons |= planned.reasons
         names = emit(view, planned.segments, functions, gpu.name) if planned.segments else []
         _add(report, view, planned, names, reasons)
+    if unknown := {item.chain.name for item in given} - {item.chain.name for item in plans}:
+        raise FcmError(f"there is a plan of chain '{min(unknown)}', which the model does not have")
     if report.modules:
         model.ir_version = max(model.ir_version, IR_VERSION)
         model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))

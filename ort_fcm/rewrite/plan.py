@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from onnx import TensorProto
 
@@ -49,6 +51,23 @@ class Planned:
     plans: list[Plan]
 
 
+def read_plans(path: Path) -> tuple[Plan, ...]:
+    """The plans of a file that `ort-fcm plan --json` wrote, perhaps edited. FcmError names the file and its fault."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise FcmError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise FcmError(f"{path} is not JSON: {error}") from None
+    plans = data.get("plans") if isinstance(data, dict) else None
+    if not isinstance(plans, list):
+        raise FcmError(f"{path} has no list 'plans': `ort-fcm plan --json` writes one")
+    try:
+        return tuple(Plan.from_dict(item) for item in plans)
+    except PlannerError as error:
+        raise FcmError(f"{path}: {error}") from None
+
+
 def plan(
     view: View,
     chains: Sequence[Sequence[Stage]],
@@ -77,7 +96,9 @@ def plan(
                 result = tuner.plan(chain) if tuner else plan_chain(chain, gpu, objective, CAUTIOUS)
             result.check()
             if result.chain != chain:
-                raise FcmError(f"the plan of chain '{chain.name}' is for another chain of that name")
+                other = result.chain.batch if replace(result.chain, batch=chain.batch) == chain else None
+                what = f"batch {other}, not {chain.batch}" if other else "another chain of that name"
+                raise FcmError(f"the plan of chain '{chain.name}' is for {what}")
         except PlannerError as error:
             raise FcmError(str(error)) from None
         plans.append(result)
