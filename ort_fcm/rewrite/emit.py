@@ -18,7 +18,7 @@ from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ort_fcm.rewrite.activation import HUGE, Activation
 from ort_fcm.rewrite.graph import Array, View, captured, label
-from ort_fcm.rewrite.layout import TO_NCHW, TO_NHWC, Step, choose, nhwc
+from ort_fcm.rewrite.layout import TO_NCHW, TO_NHWC, Step, choose, nhwc, to_first, to_last
 from ort_fcm.rewrite.match import Stage
 from ort_fcm.rewrite.plan import Segment
 from ort_fcm.rewrite.shuffle import channel_gather
@@ -92,7 +92,7 @@ def emit(view: View, segments: list[Segment], functions: Functions, gpu: str) ->
             assert step.node is not None
             nodes.append(step.node)
     outputs = {value.name for value in view.graph.output}
-    nodes = _join_layouts(_without_identities(nodes, outputs), outputs)
+    nodes = _join_layouts(view, _without_identities(nodes, outputs), outputs)
     del view.graph.node[:]
     view.graph.node.extend(nodes)
     view.graph.initializer.extend(store.added.values())
@@ -339,8 +339,14 @@ def _without_identities(nodes: list[NodeProto], outputs: set[str]) -> list[NodeP
     return kept
 
 
-def _join_layouts(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
+def _join_layouts(view: View, nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
     """Put a Transpose where a tensor is made in one layout and used in the other."""
+
+    def transpose(plain: str, last: bool) -> NodeProto:
+        source, name = (plain, nhwc(plain)) if last else (nhwc(plain), plain)
+        perm = (to_last if last else to_first)(view.rank(plain) or 4)
+        return helper.make_node("Transpose", [source], [name], name=f"{name}/transpose", perm=perm)
+
     made = {name for node in nodes for name in node.output}
     wanted = {name for node in nodes for name in [*node.input, *captured(node)]} | outputs
     first_input = {name for name in wanted if name.endswith(nhwc("")) and name not in made}
@@ -348,17 +354,15 @@ def _join_layouts(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
     for name in sorted(first_input):
         plain = name.removesuffix(nhwc(""))
         if plain not in made:  # a graph input
-            result.append(helper.make_node("Transpose", [plain], [name], name=f"{name}/transpose", perm=TO_NHWC))
+            result.append(transpose(plain, True))
     for node in nodes:
         result.append(node)
         for name in node.output:
             plain = name.removesuffix(nhwc(""))
             if plain != name and plain in wanted and plain not in made:
-                result.append(helper.make_node("Transpose", [name], [plain], name=f"{name}/transpose", perm=TO_NCHW))
+                result.append(transpose(plain, False))
             elif plain == name and nhwc(name) in first_input:
-                result.append(
-                    helper.make_node("Transpose", [name], [nhwc(name)], name=f"{nhwc(name)}/transpose", perm=TO_NHWC)
-                )
+                result.append(transpose(name, True))
     return result
 
 

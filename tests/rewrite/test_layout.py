@@ -213,6 +213,40 @@ def test_heads(name: str, fuse: Fuse, seed: int) -> None:
     assert_same(model, result.model, seed)
 
 
+@pytest.mark.parametrize("size, target", [
+    ((1, 8, 10, 12), [1, 9, -1]), ((2, 8, 10, 12), [-1, 9, 120]), (("n", 8, "h", "w"), [0, 9, -1]),
+    (("n", 8, "h", "w"), [0, 0, -1]),
+])  # fmt: skip
+@pytest.mark.parametrize("turned", [True, False])
+def test_heads_of_detectors(size: tuple[Any, ...], target: list[int], turned: bool, fuse: Fuse, seed: int) -> None:
+    """Maps of two sizes in one row of pixels, and that [N, L, C] or [N, C, L]."""
+    net = Net(seed=seed)
+    x = net.op("Relu", net.conv(net.input(*size), 8))
+    rows = []
+    for stride in (1, 2) if -1 in target[2:] else (1, 1):
+        y = net.conv(net.depthwise(x, strides=[stride] * 2), 9)
+        rows.append(net.op("Reshape", y, net.const(target, np.int64)))
+    row = net.op("Concat", *rows, axis=2)
+    row = net.op("Sigmoid", net.op("Mul", row, net.const(net.rng.standard_normal((9, 1)))))
+    net.output(net.op("Transpose", row, perm=[0, 2, 1]) if turned else row, rank=3)
+    model = net.model()
+    result = fuse(model)
+    assert all(item.endswith("NHWC") == turned for item in layouts(result.model)[1:])
+    assert "Transpose" not in ops(result.model)
+    assert_same(model, result.model, seed)
+
+
+@pytest.mark.parametrize("target", [[1, 18, -1], [1, -1, 9], [2, 9, -1]])
+def test_other_reshapes_of_maps_stay(target: list[int], fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    y = net.op("Reshape", net.conv(net.depthwise(net.input(1, 8, 6, 12)), 9), net.const(target, np.int64))
+    net.output(net.op("Transpose", y, perm=[0, 2, 1]), rank=3)
+    model = net.model()
+    result = fuse(model)
+    assert layouts(result.model) == ["NCHW NCHW"]
+    assert_same(model, result.model, seed)
+
+
 def test_flatten_of_a_map_stays(fuse: Fuse, seed: int) -> None:
     net = Net(seed=seed)
     net.output(net.op("Flatten", net.depthwise(net.conv(net.input("n", 8, 5, 5), 16))), rank=2)
