@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from onnx import helper, inliner
+from onnx import helper
 
 from ort_fcm.compare import compare, session
 from ort_fcm.device import present_gpu
@@ -18,7 +18,7 @@ from ort_fcm.rewrite.channels_last import move_transposes
 from ort_fcm.rewrite.emit import DOMAIN, IR_VERSION, OP, VERSION, Functions, emit
 from ort_fcm.rewrite.float16 import to_float16
 from ort_fcm.rewrite.graph import View, label
-from ort_fcm.rewrite.load import check_writable, load, save
+from ort_fcm.rewrite.load import check_writable, inline, load, save
 from ort_fcm.rewrite.match import CONVOLUTIONS, chains
 from ort_fcm.rewrite.plan import Planned, read_plans
 from ort_fcm.rewrite.plan import plan as make_plan
@@ -155,7 +155,7 @@ def _rewrite(
     if model.functions or any(node.op_type == "Transpose" for node in model.graph.node):
         unchanged.CopyFrom(model)
     if model.functions:
-        _inline(model)
+        inline(model)
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     overridable = {tensor.name for tensor in model.graph.initializer} & {value.name for value in model.graph.input}
     shapes = infer(model, batch)
@@ -187,17 +187,6 @@ def drop_overridable_inputs(graph: onnx.GraphProto) -> None:
     kept = [value for value in graph.input if value.name not in initializers]
     del graph.input[:]
     graph.input.extend(kept)
-
-
-def _inline(model: onnx.ModelProto) -> None:
-    """Put the bodies of local functions where these are called. The weights, which may exceed a message, stay."""
-    weights = [tensor.raw_data for tensor in model.graph.initializer]
-    for tensor in model.graph.initializer:
-        tensor.ClearField("raw_data")
-    model.CopyFrom(inliner.inline_local_functions(model))
-    for tensor, data in zip(model.graph.initializer, weights, strict=True):
-        if data:
-            tensor.raw_data = data
 
 
 def _views(graph: onnx.GraphProto, view: View) -> Iterator[View]:

@@ -104,6 +104,25 @@ def test_local_function(fuse: Fuse, seed: int) -> None:
     assert_same(model, result.model, seed)
 
 
+def test_local_functions_in_float16(fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    x = net.input(1, 8, 9, 9)
+    weights = [net.const(net.rng.standard_normal(shape) / 3) for shape in ((8, 8, 1, 1), (8, 1, 3, 3))]
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["y"]),
+        helper.make_node("Conv", ["y", "b"], ["z"], group=8, pads=[1, 1, 1, 1]),
+    ]
+    function = helper.make_function("mine", "Pair", ["x", "a", "b"], ["z"], nodes, [helper.make_opsetid("", 17)])
+    net.output(net.op("Pair", x, *weights, domain="mine"))
+    graph = helper.make_graph(net.nodes, "net", net.inputs, net.outputs, net.initializers)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=[function])
+    result = fuse(model, float16=True)
+    assert ops(result.model) == {"FusedConvModule": 1, "Cast": 2}
+    assert {t.data_type for t in result.model.graph.initializer} == {TensorProto.FLOAT16}
+    assert_same(model, result.model, seed, 1e-2)
+
+
 def test_functions_in_functions_and_in_branches(fuse: Fuse, seed: int) -> None:
     """Every operator in a function of its own, a branch within a function, and a call within the branch."""
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
