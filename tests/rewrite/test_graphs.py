@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from ort_fcm.library import library_path
 from ort_fcm.rewrite import pipeline
+from ort_fcm.rewrite.layout import TO_NCHW, TO_NHWC
 from tests.rewrite.conftest import greedy
 from tests.rewrite.networks import Net, assert_same, feeds, informative, run
 from tests.rewrite.test_patterns import ops
@@ -171,16 +172,19 @@ def test_a_model_of_functions_without_convolutions_is_left_as_it_is(fuse: Fuse, 
 ACTIVATIONS = ("none", "Relu", "HardSwish", "Sigmoid", "Tanh", "LeakyRelu", "Softsign")
 
 
+KINDS = ("dw", "pw", "dw", "pw", "stem", "bn", "add", "concat", "pool", "scale", "multiplier", "resize", "turned")
+
+
 @st.composite
 def networks(draw: st.DrawFn) -> onnx.ModelProto:
-    """Random graphs of convolutions, activations, Adds, Concats and pools, with branches and several outputs."""
+    """Random graphs of convolutions, activations and what stands between them, with branches and several outputs."""
     net = Net(dtype=np.float32, seed=draw(st.integers(0, 2**31)))
     batch = draw(st.sampled_from([1, 2, "n"]))
     tensors = [(net.input(batch, draw(st.integers(1, 9)), 9, 12), 1)]  # name, stride so far
     for _ in range(draw(st.integers(2, 10))):
         x, scale = draw(st.sampled_from(tensors[-3:]))
         channels = net.channels[x]
-        kind = draw(st.sampled_from(["dw", "pw", "dw", "pw", "stem", "bn", "add", "concat", "pool", "scale"]))
+        kind = draw(st.sampled_from(KINDS))
         stride = draw(st.sampled_from([1, 1, 2])) if scale == 1 else 1
         if kind == "dw":
             y = net.depthwise(x, draw(st.sampled_from([3, 5, (1, 3)])), strides=[stride] * 2, bias=draw(st.booleans()))
@@ -195,6 +199,15 @@ def networks(draw: st.DrawFn) -> onnx.ModelProto:
             other = draw(st.sampled_from(others))
             y, stride = net.op("Add", x, other) if kind == "add" else net.op("Concat", x, other, axis=1), 1
             net.channels[y] = channels + (net.channels[other] if kind == "concat" else 0)
+        elif kind == "multiplier":
+            y = net.conv(x, 2 * channels, 3, group=channels, strides=[stride] * 2)
+        elif kind == "resize":  # and back, so that it meets others
+            y, stride = net.op("Resize", x, "", net.const([1, 1, 2, 3], np.float32)), 1
+            y = net.depthwise(y, strides=[2, 3])
+        elif kind == "turned":
+            y = net.op("Add", net.op("Transpose", x, perm=TO_NHWC), net.const(net.rng.standard_normal(channels)))
+            y, stride = net.op("Transpose", y, perm=TO_NCHW), 1
+            net.channels[y] = channels
         elif kind == "scale":
             y, stride = net.op("Mul", x, net.op("Sigmoid", net.op("GlobalAveragePool", x))), 1
         else:
