@@ -5,8 +5,10 @@
 #pragma once
 
 #include "depthwise.cuh"
+#include "gate.cuh"
 #include "input.cuh"
 #include "output.cuh"
+#include "pool.cuh"
 #include "primitives.cuh"
 #include "spec.h"
 
@@ -63,6 +65,8 @@ struct Module {
   static constexpr bool kCopiesKept = kCopies <= 12;
   int copy_to[kCopiesKept ? kCopies : 1], copy_from[kCopiesKept ? kCopies : 1], copy_image0 = 0;
   Pixel sources[!kFirst && !S.depthwise ? P : 1][2];
+  static constexpr bool kScalesStream = kStreams && S.scaled;
+  int factors_of[kScalesStream ? P : 1][2];  // the images of this tile's fragments
 
   float sums[P][kWarpGroupsN][kBlocks8][4];
 
@@ -413,6 +417,8 @@ struct Module {
             Out::store_vector(p, place.output_pixel(p, L::warp_m(), py, side),
                               (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane, d[py][side]);
         }
+        if constexpr (S.pool)
+          Pool<C>::store(p, place, d, (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane);
       } else if constexpr (kExchanges) {
         FCM_UNROLL
         for (int py = 0; py < P; ++py) {
@@ -434,6 +440,15 @@ struct Module {
         FCM_UNROLL
         for (int side = 0; side < 2; ++side)
           d[py][side] = *(const Vec*)(exchange_buffer(step) + exchange_offset(gi, py, side));
+      }
+      if constexpr (kScalesStream) {
+        const int k = (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane;
+        FCM_UNROLL
+        for (int py = 0; py < P; ++py) {
+          FCM_UNROLL
+          for (int side = 0; side < 2; ++side)
+            d[py][side] = In::template scale<L::kLane>(p, d[py][side], factors_of[py][side], k);
+        }
       }
       project(d, step, gi);
     }
@@ -519,6 +534,10 @@ struct Module {
       for (int j = 0; j < kBlocks8; ++j) FCM_UNROLL
       for (int i = 0; i < 4; ++i) sums[py][ng][j][i] = 0;
     }
+    if constexpr (kScalesStream) {
+      FCM_UNROLL
+      for (int py = 0; py < P; ++py) factors_of[py][0] = sources[py][0].n, factors_of[py][1] = sources[py][1].n;
+    }
     if constexpr (kAhead > 0) first_to_halo(0);
     for (int step = 0; step < steps + kLag; ++step) {
       copy_async_wait<0>();
@@ -590,8 +609,12 @@ struct Module {
 
 template <class C>
 FCM_DEVICE void run_module(const Params& p) {
-  Module<C> module(p);
-  module.run();
+  if constexpr (C::spec.mean) {
+    Gate<C>(p).run();
+  } else {
+    Module<C> module(p);
+    module.run();
+  }
 }
 
 }  // namespace fcm

@@ -50,6 +50,9 @@ FCM_DEVICE char* shared_memory() {
 FCM_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
 FCM_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 
+// `x` of the lane whose number differs in the bits of `mask`; all lanes of the warp must be here.
+FCM_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+
 // ---- Asynchronous copies to shared memory (plain ones before sm_80)
 
 // 16 bytes; zeros if not `valid`.
@@ -141,6 +144,11 @@ FCM_DEVICE float half2_high(u32 x) { return half_float((unsigned short)(x >> 16)
 FCM_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
   u32 d;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+FCM_DEVICE u32 half2_multiply(u32 a, u32 b) {
+  u32 d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 // max(a * b + c, 0)

@@ -216,6 +216,13 @@ FCM_DEVICE u32 float_bits(float x) {
   return u;
 }
 
+FCM_DEVICE float shuffle_xor(float x, int mask) {
+  cpu::publish(float_bits(x), 0, 0, 0, 0, 0);
+  const float other = bits_float(cpu::warp().a[cpu::lane() ^ mask][0]);
+  cpu::pass(cpu::warp().gate);
+  return other;
+}
+
 FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
   cpu::self().copies.back().push_back({shared, global, 16, valid});
 }
@@ -249,6 +256,9 @@ FCM_DEVICE float half2_low(u32 x) { return half_to_float((std::uint16_t)(x & 0xf
 FCM_DEVICE float half2_high(u32 x) { return half_to_float((std::uint16_t)(x >> 16)); }
 FCM_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
   return half2_pack(half2_low(a) * half2_low(b) + half2_low(c), half2_high(a) * half2_high(b) + half2_high(c));
+}
+FCM_DEVICE u32 half2_multiply(u32 a, u32 b) {
+  return half2_pack(half2_low(a) * half2_low(b), half2_high(a) * half2_high(b));
 }
 FCM_DEVICE u32 half2_pack_relu(float low, float high) { return half2_pack(std::fmax(low, 0.f), std::fmax(high, 0.f)); }
 FCM_DEVICE u32 half2_fma_relu(u32 a, u32 b, u32 c) {
