@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 from math import gcd
 from typing import NamedTuple
 
+from . import gate
 from .chain import STAGES, Chain, Layer, Tile, ceil_div, round_up
 from .gpus import Gpu
 
@@ -98,7 +99,20 @@ class Segment:
 
     @property
     def stages(self) -> str:
-        return "-".join(layer.kind for layer in self.layers)
+        return "-".join(["mean"] * self.mean + [layer.kind for layer in self.layers])
+
+    @property
+    def mean(self) -> bool:
+        """A gate: two pointwise layers on the mean of the input over its map."""
+        return self.layers[0].mean
+
+    @property
+    def pool(self) -> bool:
+        return self.layers[-1].pool
+
+    @property
+    def scaled(self) -> bool:
+        return self.layers[0].scaled
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -167,6 +181,8 @@ class Segment:
     @cached_property
     def input_elements(self) -> int:
         """Elements of X that any window touches."""
+        if self.mean:
+            return self.batch * gate.rows(self) * self.c_in
         touched = [touched_pixels(self.layers, axis, size) for axis, size in enumerate(self.maps[0])]
         return self.batch * touched[0] * touched[1] * self.c_in
 
@@ -212,7 +228,12 @@ def segment(chain: Chain, first: int, last: int) -> Segment | None:
     """The segment of the chain's layers first..last, or None where no kernel computes these stages in one."""
     layers = chain.layers[first : last + 1]
     kinds = [layer.kind for layer in layers]
-    if "-".join(kinds) not in STAGES or any(layer.residual for layer in layers[:-1]):
+    mean = layers[0].mean
+    if "-".join(["mean"] * mean + kinds) not in STAGES or (mean and layers[-1].residual):
+        return None
+    if any(layer.residual or layer.pool for layer in layers[:-1]):
+        return None
+    if any(layer.mean or layer.scaled for layer in layers[1:]) or (mean and layers[0].scaled):
         return None
     bare = [replace(layer, name="", nodes=1, activation_nodes=0, residual=False) for layer in layers]
     depthwise = kinds.index("dw") if "dw" in kinds else None
@@ -292,6 +313,8 @@ def tiling(seg: Segment, tile: Tile) -> Tiling:
 def illegal(seg: Segment, tile: Tile) -> str:
     """Why the kernels cannot run the segment with this tile, on any GPU; empty if they can."""
     t, group = tile, seg.group
+    if seg.mean:
+        return gate.illegal(t, group)
     channels = block_n(seg, t)
     if min(t.tile_h, t.tile_w, t.images, t.chunk, t.warps_m, t.warps_n, t.split, t.blocks) < 1 or t.block_n < 0:
         return "every field of a tile is positive (block_n may be 0)"
@@ -310,6 +333,8 @@ def illegal(seg: Segment, tile: Tile) -> str:
             return "the warps do not cover the tile"
         if t.images > 1 and (t.tile_h < seg.maps[-1][0] or t.tile_w < seg.maps[-1][1]):
             return "a tile of several images must cover the output map"
+        if seg.pool and t.images > 1 and t.tile_h // t.patch_h * t.tile_w // 2 % 8:
+            return "sums of several images need warps of one image each"
     elif t.images != 1:
         return "images needs a depthwise"
     if seg.project:
@@ -341,6 +366,11 @@ def accumulators(seg: Segment, tile: Tile) -> int:
     return tile.patch_h * _warp_groups_n(seg, tile) * seg.group // 2 if seg.project else 0
 
 
+def pool_rows(seg: Segment, tile: Tile) -> int:
+    """Rows of the sums over an image's map, of a segment with a depthwise."""
+    return tiling(seg, tile).tiles * ceil_div(tile.tile_h // tile.patch_h * (tile.tile_w // 2), 8)
+
+
 def _first_tiles(seg: Segment, tile: Tile) -> int:
     """16-pixel tiles of `first` that a warp computes."""
     if not seg.depthwise:
@@ -355,6 +385,8 @@ def _first_in_registers(seg: Segment, tile: Tile) -> bool:
 
 def shared_bytes(seg: Segment, tile: Tile) -> int:
     """Shared memory of a thread block."""
+    if seg.mean:
+        return gate.shared_bytes(seg, tile)
     t, groups, warps = tile, tile.chunk // seg.group, tile.warps_m * tile.warps_n
     fragment = FRAGMENT
     once = planes = 0
@@ -407,6 +439,8 @@ def _steps(seg: Segment, tile: Tile) -> int:
 
 def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
     """Registers of a thread, estimated: accumulators, `first`'s fragments, and the hungrier of the phases."""
+    if seg.mean:
+        return gate.REGISTERS
     phase = 16 + 8 * tile.patch_h  # fragments of a tensor-core product
     sums = accumulators(seg, tile)
     if seg.depthwise:
@@ -547,6 +581,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     moved = x_reads * x_pixels * x_bytes + out_pixels * (written + (y_bytes if seg.residual else 0))
     inner, outer = packed_bytes(seg, t)
     padding = inner + outer - e * seg.weight_elements
+    if seg.pool:  # a row for every warp with pixels
+        moved += seg.batch * pool_rows(seg, t) * y_bytes
 
     # Work of a warp in a chunk step.
     pack = 2 if e == 2 else 1
@@ -575,6 +611,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         copied_weights += groups * layer.taps * 64
         if not seg.first:
             copied += groups * halo_pixels * 64
+        if seg.pool:  # a conversion and an addition for each value, then the exchange between lanes
+            values += own * (t.patch_h * 32 + 30)
     if seg.project:
         weights = groups * (channels // 8) * 512
         products += groups * 2 * t.patch_h * _warp_groups_n(seg, t) * (group // 8)
@@ -587,6 +625,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
                 copied += passed * 512 * t.warps_m
             else:
                 stores += passed / t.warps_n
+        if seg.scaled:
+            values += groups * t.patch_h * 2 * 5
         if not seg.first and not layer and not seg.streams:  # gathered from global memory
             width = 16 // e if seg.c_in % (16 // e) == 0 else 1
             values += 6 * t.patch_h * 16 * t.chunk / width / 32
@@ -669,6 +709,8 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     blocks = resident(seg, tile, gpu, shared, min(regs + priors.spare_registers, bound))
     if not blocks:
         return None
+    if seg.mean:
+        return _estimate_gate(seg, tile, gpu, blocks, shared, priors)
     done = work(seg, tile, gpu.sms)
     parts = times(seg, done, gpu, blocks, max(0, regs - bound), bool(tile.resident), priors)
     return Estimate(
@@ -685,6 +727,23 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     )
 
 
+def _estimate_gate(seg: Segment, tile: Tile, gpu: Gpu, blocks: int, shared: int, priors: Priors) -> Estimate:
+    cost = gate.cost(seg, tile)
+    busy = ceil_div(cost.grid, gpu.sms)
+    dram_us, l2_us = memory_us(gpu, seg.compulsory_bytes, cost.moved, priors)
+    parts = {
+        "dram": dram_us,
+        "l2": l2_us,
+        "instructions": busy * cost.instructions / gpu.clock_mhz,
+        "latency": ceil_div(busy, blocks) * cost.latency / gpu.clock_mhz,
+    }
+    total: float = sum(value**priors.overlap for value in parts.values()) ** (1 / priors.overlap)
+    return Estimate(
+        priors.launch_us + total, cost.moved, seg.compulsory_bytes, shared, gate.REGISTERS, 0, blocks, cost.grid, 1.0,
+        max(parts, key=parts.__getitem__),
+    )  # fmt: skip
+
+
 class Stock(NamedTuple):
     """What stock does: time in microseconds, traffic in bytes."""
 
@@ -696,7 +755,9 @@ def stock(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
     """A layer as separate kernels: the convolution, then each activation and Add on its own."""
     layer = chain.layers[index]
     (out_h, out_w), element = chain.maps()[index + 1], 2 if chain.dtype == "float16" else 4
-    lone = segment(chain, index, index)
+    plain = replace(layer, pool=False, mean=False, scaled=False)
+    size = (1, 1) if layer.mean else chain.maps()[index]
+    lone = segment(Chain((plain,), chain.batch, *size, chain.dtype), 0, 0)
     assert lone
     outputs = chain.batch * out_h * out_w * layer.out_channels
     traffic = element * (lone.input_elements + lone.weight_elements + outputs)
@@ -713,6 +774,12 @@ def stock(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
         moved = element * outputs * (reads + 1)
         traffic += moved
         time += _elementwise_us(moved, gpu, priors, priors.stock_elementwise_share)
+    height, width = chain.maps()[index]
+    inputs = chain.batch * height * width * layer.in_channels
+    for kernel, moved in ((layer.mean, element * inputs), (layer.scaled, 2 * element * inputs)):
+        if kernel:
+            traffic += moved
+            time += _elementwise_us(moved, gpu, priors, priors.stock_elementwise_share)
     return Stock(time, traffic)
 
 

@@ -25,7 +25,7 @@ from ort_fcm.rewrite.shuffle import channel_gather
 
 DOMAIN, OP, VERSION = "ort_fcm", "FusedConvModule", 1
 IR_VERSION = 10  # the first with function overloads
-PARAMETERS = ("X", "W1", "B1", "W2", "B2", "W3", "B3", "R", "S1", "S2", "S3")
+PARAMETERS = ("X", "W1", "B1", "W2", "B2", "W3", "B3", "R", "S1", "S2", "S3", "G")
 # ONNX Runtime 1.18 to 1.26 calls the last overload whatever the node says: let that one fail, by its name.
 GUARD = "Requires_ONNX_Runtime_1_27_or_newer"
 
@@ -37,9 +37,9 @@ class Functions:
     opset: int
     by_body: dict[bytes, FunctionProto] = field(default_factory=dict)
 
-    def overload(self, nodes: list[NodeProto], inputs: list[str], attributes: Iterable[str]) -> str:
+    def overload(self, nodes: list[NodeProto], inputs: list[str], outputs: list[str], attributes: Iterable[str]) -> str:
         function = helper.make_function(
-            DOMAIN, OP, inputs, ["Y"], nodes, [helper.make_opsetid("", self.opset)], sorted(attributes)
+            DOMAIN, OP, inputs, outputs, nodes, [helper.make_opsetid("", self.opset)], sorted(attributes)
         )
         key = function.SerializeToString(deterministic=True)
         if key not in self.by_body:
@@ -79,12 +79,15 @@ def emit(view: View, segments: list[Segment], functions: Functions, gpu: str) ->
     at = {view.producer[segment.stages[-1].output]: number for number, segment in enumerate(segments)}
     store = _Store(f"ort_fcm/{view.graph.name}/")
     steps = _steps(view, segments, at, store)
-    ways = choose(view, steps)
+    # Maps that one module pools for another.
+    ends = {view.name(last.output) for segment in segments if (last := segment.stages[-1]).poolable}
+    pooled = ends & {segment.stages[0].source for segment in segments if segment.stages[0].mean}
+    ways = choose(view, steps, pooled)
     nodes: list[NodeProto] = []
     names = [""] * len(segments)
     for i, step in enumerate(steps):
         if step.segment is not None:
-            nodes.append(_module(view, step, functions, store, gpu))
+            nodes.append(_module(view, step, functions, store, gpu, pooled))
             names[segments.index(step.segment)] = nodes[-1].name
         elif i in ways:
             nodes += ways[i].build(store.constant)
@@ -108,7 +111,7 @@ def _steps(view: View, segments: list[Segment], at: dict[int, int], store: _Stor
         if index in at:
             segment = segments[at[index]]
             first = segment.stages[0]
-            needed |= {first.source, segment.stages[-1].residual}
+            needed |= {first.source, first.factors, segment.stages[-1].residual}
             if first.repeats > 1:
                 node = _repeat(view, first, store)
                 stages = (replace(first, source=node.output[0]), *segment.stages[1:])
@@ -145,14 +148,20 @@ def _repeat(view: View, stage: Stage, store: _Store) -> NodeProto:
     return node
 
 
-def _module(view: View, step: Step, functions: Functions, store: _Store, gpu: str) -> NodeProto:
+def _module(view: View, step: Step, functions: Functions, store: _Store, gpu: str, pooled: set[str]) -> NodeProto:
     segment = step.segment
     assert segment is not None
     stages, last = segment.stages, segment.stages[-1]
     half = view.type(stages[0].source) == TensorProto.FLOAT16
     dtype = np.dtype(np.float16 if half else np.float32)
     arguments = dict.fromkeys(PARAMETERS, "")
-    arguments["X"] = nhwc(stages[0].source) if step.last_in else stages[0].source
+    source, factors, last_in = stages[0].source, stages[0].factors, step.last_in
+    if stages[0].mean and source in pooled:
+        arguments["X"], last_in = _pool(source), True
+    else:
+        arguments["X"] = nhwc(source) if last_in else source
+    if factors:
+        arguments["G"] = nhwc(factors) if last_in else factors
     if last.residual:
         arguments["R"] = nhwc(last.residual) if step.last_out else last.residual
     for number, stage in enumerate(stages, 1):
@@ -165,13 +174,19 @@ def _module(view: View, step: Step, functions: Functions, store: _Store, gpu: st
     inputs = list(arguments.values())
     while not inputs[-1]:
         inputs.pop()
-    values = _attributes(segment, step.last_in, step.last_out, gpu)
+    values = _attributes(segment, last_in, step.last_out, gpu)
     used = {name for name, argument in arguments.items() if argument}
-    body = _body(stages, used, step.last_in, step.last_out, functions.opset, dtype)
-    overload = functions.overload(body, list(PARAMETERS[: len(inputs)]), values)
+    pools = last.poolable and view.name(last.output) in pooled
+    body = _body(stages, used, last_in, step.last_out, pools, functions.opset, dtype)
+    overload = functions.overload(body, list(PARAMETERS[: len(inputs)]), ["Y", "P"] if pools else ["Y"], values)
     name = f"{label(view.nodes[last.conv])}/{segment.kinds}"
-    output = nhwc(last.output) if step.last_out else last.output
-    return helper.make_node(OP, inputs, [output], name=name, domain=DOMAIN, overload=overload, **values)
+    outputs = [nhwc(last.output) if step.last_out else last.output] + [_pool(view.name(last.output))] * pools
+    return helper.make_node(OP, inputs, outputs, name=name, domain=DOMAIN, overload=overload, **values)
+
+
+def _pool(tensor: str) -> str:
+    """Sums over the map of a tensor, [N, rows, 1, C], as one module gives them to another."""
+    return f"{tensor}/pool"
 
 
 def _weights(view: View, stage: Stage, store: _Store, dtype: np.dtype[Any]) -> tuple[str, str]:
@@ -251,11 +266,20 @@ class _Body:
 
 
 def _body(
-    stages: tuple[Stage, ...], used: set[str], last_in: bool, last_out: bool, opset: int, dtype: np.dtype[Any]
+    stages: tuple[Stage, ...],
+    used: set[str],
+    last_in: bool,
+    last_out: bool,
+    pools: bool,
+    opset: int,
+    dtype: np.dtype[Any],
 ) -> list[NodeProto]:
-    """The module in plain ONNX, from PARAMETERS (those in `used`) to Y."""
+    """The module in plain ONNX, from PARAMETERS (those in `used`) to Y, and if it `pools` to P, of one row."""
     body = _Body(opset, dtype)
-    tensor = body.add("Transpose", "X", perm=TO_NCHW) if last_in else "X"
+    tensor = body.add("Mul", "X", "G") if "G" in used else "X"
+    tensor = body.add("Transpose", tensor, perm=TO_NCHW) if last_in else tensor
+    if stages[0].mean:
+        tensor = body.add("GlobalAveragePool", tensor)
     for number, stage in enumerate(stages, 1):
         bias = [f"B{number}"] if f"B{number}" in used else []
         tensor = body.add(
@@ -267,9 +291,14 @@ def _body(
         residual = body.add("Transpose", "R", perm=TO_NCHW) if last_out else "R"
         tensor = body.add("Add", tensor, residual)
         tensor = _activate(body, tensor, stages[-1].output_activation, "")
+    plain = tensor
     if last_out:
         tensor = body.add("Transpose", tensor, perm=TO_NHWC)
     body.nodes[-1].output[:] = ["Y"]
+    if pools:
+        mean = body.add("GlobalAveragePool", plain if last_out else "Y")
+        body.add("Transpose", mean, perm=TO_NHWC)
+        body.nodes[-1].output[:] = ["P"]
     return body.nodes
 
 

@@ -197,6 +197,8 @@ class View:
                 if "kernel_shape" not in attributes(node) and (weight is None or len(weight) != 4):
                     continue
                 derived = (size[0], channels, *(_window(node, size[a], weight or (), a - 2) for a in (2, 3)))
+            elif node.op_type == "GlobalAveragePool" or (node.op_type == "ReduceMean" and known[2:] == (1, 1)):
+                derived = (*size[:2], 1, 1)
             else:
                 continue
             self._sizes[name] = tuple(dim if isinstance(dim, int) else d for dim, d in zip(known, derived, strict=True))

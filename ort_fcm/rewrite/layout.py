@@ -103,19 +103,25 @@ class _Cut:
                 self.capacity[b][a] += flow
 
 
-def choose(view: View, steps: list[Step]) -> dict[int, Flexible]:
-    """Set `last_in` and `last_out` of every step. Returns how those nodes run that do so channels-last."""
+def choose(view: View, steps: list[Step], pooled: set[str]) -> dict[int, Flexible]:
+    """Set `last_in` and `last_out` of every step. Returns how those nodes run that do so channels-last. pooled: maps
+    that a module on their mean does not read itself."""
     cut = _Cut()
     flexible: dict[int, Flexible] = {}
     ends: dict[str, list[object]] = defaultdict(list)  # variables (step number, end) and "NCHW", by tensor
     for i, step in enumerate(steps):
         if step.segment is not None:
             first, last = step.segment.stages[0], step.segment.stages[-1]
-            ends[first.source].append((i, "in"))
+            reads = not (first.mean and first.source in pooled)
+            if reads:
+                ends[first.source].append((i, "in"))
+            if first.factors:
+                ends[first.factors].append((i, "in"))
             ends[last.output].append((i, "out"))
             if last.residual:
                 ends[last.residual].append((i, "out"))
-            cut.edge("NHWC", (i, "in"), 0 if first.kind == "conv" else int(NCHW_MODULE * _cost(view, first.source)))
+            free = first.kind == "conv" or not reads
+            cut.edge("NHWC", (i, "in"), 0 if free else int(NCHW_MODULE * _cost(view, first.source)))
             cut.edge("NHWC", (i, "out"), int(NCHW_MODULE * _cost(view, last.output)))
             continue
         assert step.node is not None

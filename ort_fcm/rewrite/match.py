@@ -3,6 +3,9 @@
 A stage is a convolution that a kernel can compute, with everything that folds into it: a Pad in front, then
 BatchNormalization and constant per-channel factors and terms, its activation, and the Add of a residual. A convolution
 that is no stage has a reason instead.
+
+Of a squeeze-and-excite, the mean over the map folds into the two pointwise layers behind it (a gate), and the product
+with what they give into the pointwise that reads it.
 """
 
 from __future__ import annotations
@@ -52,10 +55,17 @@ class Stage:
     repeats: int = (
         1  # of each channel of `source`: a depthwise with a channel multiplier, on channels repeated so often
     )
+    mean: bool = False  # it reads the mean of its source over the map
+    factors: str = ""  # what its source is multiplied by, [N, C, 1, 1]
 
     @property
     def conv(self) -> int:
         return self.nodes[0]
+
+    @property
+    def poolable(self) -> bool:
+        """Whether a module that ends here can give the mean of its output over the map besides."""
+        return self.kind == "dw" and not self.residual
 
 
 def chains(view: View) -> tuple[list[list[Stage]], dict[int, str]]:
@@ -75,10 +85,17 @@ def chains(view: View) -> tuple[list[list[Stage]], dict[int, str]]:
         extended = with_residual(view, stages[index], taken)
         taken.update(extended.nodes)
         stages[index] = extended
+    for index, item in stages.items():
+        stages[index] = with_factors(view, item, taken)
     by_source: dict[str, list[Stage]] = {}
     for item in stages.values():
         by_source.setdefault(item.source, []).append(item)
     follower = {index: _follower(view, item, by_source) for index, item in stages.items()}
+    maps = {view.name(item.output) for item in stages.values() if item.poolable}
+    for index, item in stages.items():
+        after = follower[index]
+        if after and (gate := with_mean(view, item, after)) and gate.source in maps:
+            stages[index], follower[after.conv] = gate, None
     heads = set(stages) - {item.conv for item in follower.values() if item}
     result = []
     for index in sorted(heads):
@@ -279,6 +296,51 @@ def with_residual(view: View, found: Stage, taken: set[int]) -> Stage:
     return replace(
         found, residual=other, output_activation=act, nodes=(*found.nodes, use[0], *act.nodes), output=act.output
     )
+
+
+def with_factors(view: View, found: Stage, taken: set[int]) -> Stage:
+    """The pointwise stage with the product that it alone reads, of a map and a factor for each image and channel."""
+    index = view.producer.get(found.source)
+    if found.kind != "pw" or index is None or index in taken or view.nodes[index].op_type != "Mul":
+        return found
+    size = view.size(found.source)
+    if size is None or len(size) != 4 or view.only_use(found.source) is None:
+        return found
+    names = [view.name(name) for name in view.nodes[index].input]
+    for source, factors in (names, names[::-1]):
+        same_type = view.type(source) == view.type(factors) != 0
+        constant = view.tensor(source) is not None or view.tensor(factors) is not None
+        if same_type and not constant and view.size(source) == size and view.size(factors) == (*size[:2], 1, 1):
+            return replace(found, source=source, factors=factors, nodes=(*found.nodes, index))
+    return found
+
+
+def with_mean(view: View, found: Stage, after: Stage) -> Stage | None:
+    """The first of two pointwise stages, with the mean over a depthwise's map that it alone reads."""
+    plain = all(item.kind == "pw" and item.strides == (1, 1) and not item.residual for item in (found, after))
+    if not plain or found.factors or after.factors:
+        return None
+    name, nodes = found.source, found.nodes
+    while (index := view.producer.get(name)) is not None and view.only_use(name) is not None:
+        node, size = view.nodes[index], view.size(name)
+        nodes, name = (*nodes, index), view.name(node.input[0])
+        if is_global_mean(view, node):
+            return replace(found, source=name, mean=True, nodes=nodes)
+        if node.op_type not in ("Reshape", "Unsqueeze") or size is None or len(size) != 4 or size[2:] != (1, 1):
+            return None
+    return None
+
+
+def is_global_mean(view: View, node: NodeProto) -> bool:
+    """Whether the node is the mean over height and width of [N, C, H, W], with or without the axes kept."""
+    if view.rank(node.input[0]) != 4 or view.type(node.input[0]) not in (TensorProto.FLOAT, TensorProto.FLOAT16):
+        return False
+    if node.op_type == "ReduceMean":
+        axes = attributes(node).get("axes")
+        if axes is None and len(node.input) > 1:
+            axes = view.constant(node.input[1])
+        return axes is not None and sorted(int(axis) % 4 for axis in axes) == [2, 3]
+    return node.op_type == "GlobalAveragePool"
 
 
 def _follower(view: View, item: Stage, by_source: dict[str, list[Stage]]) -> Stage | None:

@@ -36,7 +36,7 @@ class Segment:
 
     @property
     def kinds(self) -> str:
-        return "-".join(stage.kind for stage in self.stages)
+        return "-".join(["mean"] * self.stages[0].mean + [stage.kind for stage in self.stages])
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ def plan(
     plans: list[Plan] = []
     reasons: dict[int, str] = {}
     traffic_before = traffic_after = saved_by_l2 = 0
-    known = [_chain(view, stages) for stages in chains]
+    pooled = {stages[0].source for stages in chains if stages[0].mean}
+    known = [_chain(view, stages, pooled) for stages in chains]
     if tuner:
         tuner.tune([chain for chain in known if isinstance(chain, Chain) and chain.name not in given])
     for stages, chain in zip(chains, known, strict=True):
@@ -123,7 +124,8 @@ def plan(
     return Planned(segments, reasons, (traffic_before, traffic_after), dram, plans)
 
 
-def _chain(view: View, stages: Sequence[Stage]) -> Chain | str:
+def _chain(view: View, stages: Sequence[Stage], pooled: set[str]) -> Chain | str:
+    """pooled: the maps of which a gate takes the mean."""
     shape = view.planned(stages[0].source)
     dtype = DTYPES.get(view.type(stages[0].source))
     if shape is None or len(shape) != 4:
@@ -144,6 +146,9 @@ def _chain(view: View, stages: Sequence[Stage]) -> Chain | str:
             label(view.nodes[stage.conv]),
             len(stage.nodes),
             len(stage.activation.nodes) + len(stage.output_activation.nodes) + bool(stage.residual),
+            stage.poolable and view.name(stage.output) in pooled,
+            stage.mean,
+            bool(stage.factors),
         )
         for stage in stages
     )
