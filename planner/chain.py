@@ -12,7 +12,7 @@ ACTIVATIONS = (
 )  # fmt: skip
 DTYPES = ("float16", "float32")
 # The chains of stages that one kernel computes.
-STAGES = ("dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw", "mean-pw-pw")
+STAGES = ("dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw")
 
 
 class PlannerError(ValueError):

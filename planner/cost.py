@@ -228,12 +228,11 @@ def segment(chain: Chain, first: int, last: int) -> Segment | None:
     """The segment of the chain's layers first..last, or None where no kernel computes these stages in one."""
     layers = chain.layers[first : last + 1]
     kinds = [layer.kind for layer in layers]
-    mean = layers[0].mean
-    if "-".join(["mean"] * mean + kinds) not in STAGES or (mean and layers[-1].residual):
+    if "-".join(kinds) not in STAGES or any(layer.residual or layer.pool for layer in layers[:-1]):
         return None
-    if any(layer.residual or layer.pool for layer in layers[:-1]):
+    if any(layer.mean or layer.scaled for layer in layers[1:]):
         return None
-    if any(layer.mean or layer.scaled for layer in layers[1:]) or (mean and layers[0].scaled):
+    if layers[0].mean and (kinds != ["pw", "pw"] or layers[0].scaled or layers[1].residual):
         return None
     bare = [replace(layer, name="", nodes=1, activation_nodes=0, residual=False) for layer in layers]
     depthwise = kinds.index("dw") if "dw" in kinds else None
