@@ -149,7 +149,7 @@ def _spatial(seg: Segment, least_filled: float) -> Iterator[Tile]:
                 if tile_w < widths[-1] and not tile_h <= 4 * tile_w <= 16 * tile_h:
                     continue  # long tiles have more halo, but for bands of whole rows
                 patches = tile_h // patch_h * tile_w // 2
-                for images in (1, 2, 4, 8) if whole else (1,):
+                for images in (1, 2, 4, 8) if whole and not (seg.pool and patches % 8) else (1,):
                     warps_m = ceil_div(images * patches, 8)
                     if warps_m > MAX_WARPS or images >= 2 * seg.batch:
                         break

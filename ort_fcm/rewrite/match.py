@@ -301,7 +301,7 @@ def with_residual(view: View, found: Stage, taken: set[int]) -> Stage:
 def with_factors(view: View, found: Stage, taken: set[int]) -> Stage:
     """The pointwise stage with the product that it alone reads, of a map and a factor for each image and channel."""
     index = view.producer.get(found.source)
-    if found.kind != "pw" or index is None or index in taken or view.nodes[index].op_type != "Mul":
+    if found.kind != "pw" or index is None or index in taken or operator(view.nodes[index]) != "Mul":
         return found
     size = view.size(found.source)
     if size is None or len(size) != 4 or view.only_use(found.source) is None:
@@ -324,29 +324,18 @@ def with_mean(view: View, found: Stage, after: Stage) -> Stage | None:
     while (index := view.producer.get(name)) is not None and view.only_use(name) is not None:
         node, size = view.nodes[index], view.size(name)
         nodes, name = (*nodes, index), view.name(node.input[0])
-        if is_global_mean(view, node):
+        if view.is_global_mean(node):
             return replace(found, source=name, mean=True, nodes=nodes)
-        if node.op_type not in ("Reshape", "Unsqueeze") or size is None or len(size) != 4 or size[2:] != (1, 1):
+        if operator(node) not in ("Reshape", "Unsqueeze") or size is None or len(size) != 4 or size[2:] != (1, 1):
             return None
     return None
-
-
-def is_global_mean(view: View, node: NodeProto) -> bool:
-    """Whether the node is the mean over height and width of [N, C, H, W], with or without the axes kept."""
-    if view.rank(node.input[0]) != 4 or view.type(node.input[0]) not in (TensorProto.FLOAT, TensorProto.FLOAT16):
-        return False
-    if node.op_type == "ReduceMean":
-        axes = attributes(node).get("axes")
-        if axes is None and len(node.input) > 1:
-            axes = view.constant(node.input[1])
-        return axes is not None and sorted(int(axis) % 4 for axis in axes) == [2, 3]
-    return node.op_type == "GlobalAveragePool"
 
 
 def _follower(view: View, item: Stage, by_source: dict[str, list[Stage]]) -> Stage | None:
     """The stage that alone uses the output of `item`."""
     output, after = view.name(item.output), by_source.get(view.name(item.output), [])
-    if item.residual or len(after) != 1 or view.is_output(output) or after[0].repeats > 1:
+    stop = item.residual or len(after) != 1 or view.is_output(output)
+    if stop or after[0].factors or after[0].repeats > 1:
         return None
     readers = {index for index, _ in view.uses(output)}
     pad = set(after[0].nodes) if len(readers) == 1 else set()

@@ -130,8 +130,11 @@ def _out(fields: dict[str, str], pixels: int, side: int) -> int:
 
 
 def cases(seed: int, random_cases: int) -> list[Case]:
-    """Every chain in each type, every activation, and `random_cases` more."""
+    """Every chain, every activation, sums of Y, factors of X, and `random_cases` more."""
     rng = random.Random(seed)
     drawn = [draw(rng, chain, TYPES[(i + seed) % 3]) for i, chain in enumerate(CHAINS)]
     drawn += [draw(rng, "pw-dw-pw", "float16", activation) for activation in ACTIVATIONS]
+    for chain, field in (("pw-dw", "pool"), ("dw", "pool"), ("pw", "scaled"), ("pw-pw", "scaled")):
+        flagged = (draw(rng, chain, rng.choice(TYPES)) for _ in range(1000))
+        drawn.append(next(case for case in flagged if dict(case.fields)[field] == "true"))
     return drawn + [draw(rng, rng.choice(CHAINS), rng.choice(TYPES)) for _ in range(random_cases)]

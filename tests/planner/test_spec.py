@@ -44,6 +44,7 @@ int main() {
     t.tile_h = next(), t.tile_w = next(), t.images = next(), t.patch_h = next(), t.chunk = next();
     t.warps_m = next(), t.warps_n = next(), t.block_n = next(), t.split = next(), t.blocks = next();
     t.resident = next();
+    s.mean = next(), s.pool = next(), s.scaled = next();
     const int batch = next(), height = next(), width = next(), sms = next();
     const char* why = fcm::illegal(s);
     const fcm::Launch l = why ? fcm::Launch{} : fcm::launch(s, batch, height, width, sms);
@@ -92,13 +93,16 @@ def numbers(seg: Segment, tile: Tile) -> list[int]:
     if seg.project and not seg.first and not seg.depthwise:
         c_mid = seg.c_in
     head = [seg.dtype != "float16", kinds[0], seg.depthwise is not None, kinds[1], seg.c_in, c_mid, seg.c_out]
-    return [*head, seg.residual, *windows, *acts, *astuple(tile), seg.batch, seg.height, seg.width]
+    flags = [seg.mean, seg.pool, seg.scaled]
+    return [*head, seg.residual, *windows, *acts, *astuple(tile), *flags, seg.batch, seg.height, seg.width]
 
 
 @st.composite
 def segments(draw: st.DrawFn) -> Segment:
     stages = draw(st.sampled_from(["dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw",
-                                   "conv-dw-pw"]))  # fmt: skip
+                                   "conv-dw-pw", "mean-pw-pw"]))  # fmt: skip
+    mean, option = stages.startswith("mean-"), draw(st.booleans())
+    stages = stages.removeprefix("mean-")
     channels, layers = draw(st.integers(1, 300)), []
     for kind in stages.split("-"):
         kernel = 1 if kind == "pw" else draw(st.sampled_from([3, 5]))
@@ -106,7 +110,9 @@ def segments(draw: st.DrawFn) -> Segment:
         outputs = channels if kind == "dw" else draw(st.integers(1, 300))
         layers.append(
             Layer(kind, channels, outputs, (kernel, kernel), (step, step), pads=(kernel // 2,) * 4,
-                  activation=draw(st.sampled_from(list(ACTIVATIONS))))
+                  activation=draw(st.sampled_from(list(ACTIVATIONS))),
+                  pool=option and kind == "dw" and stages.endswith("dw"), mean=mean and not layers,
+                  scaled=option and stages.startswith("pw") and not mean and not layers)
         )  # fmt: skip
         channels = outputs
     chain = Chain(tuple(layers), draw(st.sampled_from([1, 16])), draw(st.integers(7, 60)), draw(st.integers(7, 60)),
