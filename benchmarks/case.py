@@ -73,10 +73,13 @@ class Case:
     output_nchw: bool = False
     tile: str = ""
     seed: int = 0
+    mean: bool = False  # the stages run on the mean of X over its map
+    scaled: bool = False  # X is multiplied by factors [N, C, 1, 1]
+    pool: bool = False  # the second output as well: rows whose mean is that of Y over its map
 
     @property
     def name(self) -> str:
-        return "-".join(stage.kind for stage in self.stages)
+        return "-".join(["mean"] * self.mean + [stage.kind for stage in self.stages])
 
     @property
     def storage(self) -> np.dtype[Any]:
@@ -84,7 +87,7 @@ class Case:
 
     @property
     def out_size(self) -> tuple[int, int]:
-        size = (self.h, self.w)
+        size = (1, 1) if self.mean else (self.h, self.w)
         for stage in self.stages:
             size = stage.out_size(size)
         return size
@@ -119,6 +122,7 @@ class Data:
     weights: tuple[Array, ...]
     biases: tuple[Array | None, ...]
     slopes: tuple[Array | None, ...]
+    factors: Array | None = None
 
 
 def data_of(case: Case) -> Data:
@@ -133,7 +137,8 @@ def data_of(case: Case) -> Data:
     biases = tuple(normal((s.c_out,), 0.5) if s.bias else None for s in case.stages)
     slopes = tuple(normal((s.c_out,), 0.5) if s.activation == "prelu" else None for s in case.stages)
     residual = normal((case.batch, case.stages[-1].c_out, *case.out_size)) if case.residual else None
-    return Data(x, residual, weights, biases, slopes)
+    factors = normal((case.batch, case.stages[0].c_in, 1, 1)) if case.scaled else None
+    return Data(x, residual, weights, biases, slopes, factors)
 
 
 def reference(case: Case, data: Data) -> tuple[Array, Array]:
@@ -145,6 +150,14 @@ def reference(case: Case, data: Data) -> tuple[Array, Array]:
     unit, operand = ROUNDOFF[case.dtype], OPERAND[case.dtype]
     y = data.x.astype(np.float64)
     variance = np.zeros_like(y)
+    if data.factors is not None:
+        y = y * data.factors.astype(np.float64)
+        variance = (unit * y) ** 2
+    if case.mean:
+        terms = y.shape[2] * y.shape[3]  # of a sum in float32
+        variance = ((np.abs(y).mean((2, 3), keepdims=True)) * 2.0**-24 * terms**0.5) ** 2
+        y = y.mean((2, 3), keepdims=True)
+        variance = variance + (unit * y) ** 2
     for i, stage in enumerate(case.stages):
         weight = data.weights[i].astype(np.float64)
         groups = stage.c_in if stage.kind == "dw" else 1
@@ -188,18 +201,19 @@ def model_of(case: Case, data: Data, dynamic: bool = False) -> onnx.ModelProto:
         initializers.append(numpy_helper.from_array(np.ascontiguousarray(values), name))
         return name
 
-    inputs = ["X"] + [""] * 10
+    inputs = ["X"] + [""] * 11
     for i in range(len(case.stages)):
         inputs[1 + 2 * i] = constant(f"W{i}", data.weights[i])
         inputs[2 + 2 * i] = constant(f"B{i}", data.biases[i])
         inputs[8 + i] = constant(f"S{i}", data.slopes[i])
     inputs[7] = "R" if case.residual else ""
+    inputs[11] = "G" if case.scaled else ""
     while not inputs[-1]:
         inputs.pop()
     node = helper.make_node(
         "FusedConvModule",
         inputs,
-        ["Y"],
+        ["Y", "P"] if case.pool else ["Y"],
         name="module",
         domain=DOMAIN,
         stages=case.name,
@@ -224,7 +238,15 @@ def model_of(case: Case, data: Data, dynamic: bool = False) -> onnx.ModelProto:
     graph_inputs = [value("X", data.x.shape, case.input_nchw)]
     if case.residual:
         graph_inputs.append(value("R", out_shape, case.output_nchw))
-    graph = helper.make_graph([node], case.name, graph_inputs, [value("Y", out_shape, case.output_nchw)], initializers)
+    if case.scaled:
+        graph_inputs.append(value("G", (case.batch, data.x.shape[1], 1, 1), case.input_nchw))
+    outputs, nodes = [value("Y", out_shape, case.output_nchw)], [node]
+    if case.pool:  # however many rows there are, this is of one
+        nodes.append(helper.make_node("ReduceMean", ["P"], ["M"], axes=[1]))
+        outputs.append(
+            helper.make_tensor_value_info("M", element, ["m" if dynamic else case.batch, 1, 1, out_shape[1]])
+        )
+    graph = helper.make_graph(nodes, case.name, graph_inputs, outputs, initializers)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid(DOMAIN, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8)
 
@@ -243,7 +265,7 @@ def cases_of(model: onnx.ModelProto, dtype: str | None = None) -> dict[str, Case
             continue
         a = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
         a = {name: value.decode() if isinstance(value, bytes) else value for name, value in a.items()}
-        kinds = a["stages"].split("-")
+        kinds = a["stages"].removeprefix("mean-").split("-")
         count = len(kinds)
         activations = a.get("activations", ",".join(["none"] * count)).split(",")
 
@@ -284,6 +306,9 @@ def cases_of(model: onnx.ModelProto, dtype: str | None = None) -> dict[str, Case
             input_nchw=input_nchw,
             output_nchw=a.get("output_layout") == "NCHW",
             tile=a.get("tile", ""),
+            mean=a["stages"].startswith("mean-"),
+            scaled=len(node.input) > 11 and bool(node.input[11]),
+            pool=len(node.output) > 1 and bool(node.output[1]),
         )
     return cases
 
@@ -310,6 +335,8 @@ def describe(case: Case) -> str:
         "channels": " ".join(map(str, [case.stages[0].c_in, *(stage.c_out for stage in case.stages)])),
         "type": case.dtype,
         "residual": str(int(case.residual)),
+        "pool": str(int(case.pool)),
+        "scaled": str(int(case.scaled)),
     }
     return "".join(f"{name}={value}\n" for name, value in lines.items())
 
@@ -378,25 +405,44 @@ class Session:
         if buffer is None or buffer.shape != shape:
             buffer = self.buffers[name] = Buffer(self.xp, shape, dtype)
             element = TensorProto.FLOAT16 if dtype == np.float16 else TensorProto.FLOAT
-            bind = self.binding.bind_output if name == "Y" else self.binding.bind_input
+            bind = self.binding.bind_output if name in ("Y", "M") else self.binding.bind_input
             bind(name, self.provider, 0, element, list(shape), buffer.pointer)
         return buffer
 
     def run(self, case: Case, data: Data) -> Array:
-        """Y as [N,M,OH,OW]. AssertionError where something was written outside it."""
+        """Y as [N,M,OH,OW]. AssertionError where something was written outside it, or the mean of the second output is
+        not Y's."""
         x = layout(data.x, case.input_nchw)
         self._bind("X", x.shape, case.storage).set(x)
         if data.residual is not None:
             r = layout(data.residual, case.output_nchw)
             self._bind("R", r.shape, case.storage).set(r)
+        if data.factors is not None:
+            factors = layout(data.factors, case.input_nchw)
+            self._bind("G", factors.shape, case.storage).set(factors)
         n, c, (h, w) = case.batch, case.stages[-1].c_out, case.out_size
         y = self._bind("Y", (n, c, h, w) if case.output_nchw else (n, h, w, c), case.storage)
         y.set(None)
+        if case.pool:
+            self._bind("M", (n, 1, 1, c), case.storage).set(None)
         if self.provider == "cuda":
             self.xp.cuda.Device().synchronize()
         self.session.run_with_iobinding(self.binding)
         assert all(buffer.guards_intact() for buffer in self.buffers.values()), "something outside Y was written"
-        return y.get() if case.output_nchw else y.get().transpose(0, 3, 1, 2)
+        result = y.get() if case.output_nchw else y.get().transpose(0, 3, 1, 2)
+        if case.pool:
+            off = mean_error(case, result, self.buffers["M"].get())
+            assert off <= 1, f"the sums are off by {off:.3g} of what rounding explains: {case.to_line()}"
+        return result
+
+
+def mean_error(case: Case, y: Array, mean: Array) -> float:
+    """How far the mean of a second output, [N,1,1,M], is from that of Y, as a share of what rounding explains. A row's
+    mean may be larger than the map's: the largest that there can be is that of magnitudes."""
+    wide = y.astype(np.float64)
+    allowed = 3 * ROUNDOFF[case.dtype] * np.abs(wide).mean((2, 3)) * (4 if case.dtype != "float16" else 1) + 2.0**-24
+    error = np.abs(mean.reshape(mean.shape[0], -1).astype(np.float64) - wide.mean((2, 3)))
+    return float(np.max(np.where(np.isnan(error), np.inf, error / allowed)))
 
 
 def complaint(case: Case, data: Data, y: Array, provider: str = "cpu") -> str | None:

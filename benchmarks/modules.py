@@ -43,7 +43,7 @@ from rich.table import Table
 
 import ort_fcm
 from benchmarks import timings
-from benchmarks.case import DEVIATIONS, Case, Data, cases_of, data_of, describe, layout, reference
+from benchmarks.case import DEVIATIONS, Case, Data, cases_of, data_of, describe, layout, mean_error, reference
 from benchmarks.convolution import Array
 from benchmarks.cubin import resources
 from benchmarks.driver import L2_BYTES, MULTIPROCESSORS, Cuda, CudaError
@@ -62,8 +62,8 @@ extern "C" {{
 void launch_of(int k, long long batch, long long h, long long w, int sms, long long* out) {{
   const fcm::Launch l = fcm::launch(specs[k], batch, h, w, sms);
   const long long values[] = {{l.grid_x, l.grid_y, l.grid_z, l.threads, l.shared_bytes, l.mid_h, l.mid_w, l.out_h,
-                               l.out_w, l.tiles_x, l.tiles_y, (long long)sizeof(fcm::Params)}};
-  for (int i = 0; i < 12; ++i) out[i] = values[i];
+                               l.out_w, l.tiles_x, l.tiles_y, l.pool_rows, (long long)sizeof(fcm::Params)}};
+  for (int i = 0; i < 13; ++i) out[i] = values[i];
 }}
 long long packed_bytes(int k, int stage) {{
   const fcm::Spec& s = specs[k];
@@ -89,6 +89,9 @@ class Params(ctypes.Structure):
             "project_bias", "first_slope", "depthwise_slope", "project_slope")),
         *((name, ctypes.c_int) for name in (
             "batch", "in_h", "in_w", "mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y")),
+        ("scale", ctypes.c_void_p),
+        ("pool", ctypes.c_void_p),
+        ("pool_rows", ctypes.c_int),
     ]  # fmt: skip
 
 
@@ -141,10 +144,12 @@ class Host:
 
     def launch(self, k: int, case: Case, sms: int) -> dict[str, int]:
         """The launch of module `k` on a GPU of `sms` multiprocessors, by the names of fcm::Launch."""
-        out = (ctypes.c_longlong * 12)()
+        out = (ctypes.c_longlong * 13)()
         sizes = [ctypes.c_longlong(v) for v in (case.batch, case.h, case.w)]
         self.library.launch_of(k, *sizes, ctypes.c_int(sms), out)
-        names = "grid_x grid_y grid_z threads shared_bytes mid_h mid_w out_h out_w tiles_x tiles_y params_bytes".split()
+        names = (
+            "grid_x grid_y grid_z threads shared_bytes mid_h mid_w out_h out_w tiles_x tiles_y pool_rows params_bytes"
+        ).split()
         launch = dict(zip(names, map(int, out), strict=True))
         if launch["params_bytes"] != ctypes.sizeof(Params):
             raise RuntimeError("fcm::Params of spec.h has changed: bring Params in benchmarks/modules.py up to date")
@@ -176,7 +181,18 @@ def chain_of(case: Case) -> Chain:
     last = len(case.stages) - 1
     layers = tuple(
         Layer(
-            s.kind, s.c_in, s.c_out, s.kernel, s.stride, s.dilation, s.pads, s.activation, case.residual and i == last
+            s.kind,
+            s.c_in,
+            s.c_out,
+            s.kernel,
+            s.stride,
+            s.dilation,
+            s.pads,
+            s.activation,
+            case.residual and i == last,
+            pool=case.pool and i == last,
+            mean=case.mean and i == 0,
+            scaled=case.scaled and i == 0,
         )
         for i, s in enumerate(case.stages)
     )
@@ -221,6 +237,7 @@ class Bench:
 
         x = batch_of(data.x, case.input_nchw)
         residual = None if data.residual is None else batch_of(data.residual, case.output_nchw)
+        factors = None if data.factors is None else batch_of(data.factors, case.input_nchw)
         h, w = case.out_size
         shape = (case.batch, case.stages[-1].c_out, h, w)
         self.y_shape = shape if case.output_nchw else (shape[0], h, w, shape[1])
@@ -229,6 +246,7 @@ class Bench:
         self.inputs = [self._upload(x) for _ in range(self.sets)]
         self.residuals = [0 if residual is None else self._upload(residual) for _ in range(self.sets)]
         self.outputs = [self._allocate(self.y_bytes) for _ in range(self.sets)]
+        self.factors = 0 if factors is None else self._upload(factors)
         self.data = data
         self.weights: dict[str, int] = {}
         self.pack(host, k)
@@ -257,9 +275,12 @@ class Bench:
         for address in self.addresses:
             self.cuda.free(address)
 
-    def check(self, y: Array) -> tuple[float, float]:
-        """Error as norm over norm, and the largest in standard deviations. Repeated images must repeat exactly."""
+    def check(self, y: Array, rows: Array | None) -> tuple[float, float]:
+        """Error as norm over norm, and the largest in standard deviations. Repeated images must repeat exactly. rows:
+        the second output, whose mean must be Y's."""
         y = y if self.case.output_nchw else y.transpose(0, 3, 1, 2)
+        if rows is not None and mean_error(self.case, y, rows.astype(np.float64).mean(1)) > 1:
+            return float("inf"), float("inf")
         few = len(self.expected)
         for start in range(few, len(y), few):
             part = y[start : start + few]
@@ -275,10 +296,13 @@ class Bench:
         """us (None without replays), error, deviations, blocks, grid and threads of this module compiled as `cubin`."""
         cuda = self.cuda
         function, module = cuda.function(cubin, "fcm_module", launch["shared_bytes"])
-        sizes = {n: launch[n] for n in ("mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y")}
+        sizes = {n: launch[n] for n in ("mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y", "pool_rows")}
+        rows_shape = (self.case.batch, launch["pool_rows"], 1, self.case.stages[-1].c_out)
+        rows_bytes = int(np.prod(rows_shape)) * self.case.storage.itemsize
+        pool = self._allocate(rows_bytes) if self.case.pool else 0
         given = [
             Params(x=x, y=y, residual=r, batch=self.case.batch, in_h=self.case.h, in_w=self.case.w, **sizes,
-                   **self.weights)
+                   scale=self.factors, pool=pool, **self.weights)
             for x, y, r in zip(self.inputs, self.outputs, self.residuals, strict=True)
         ]  # fmt: skip
         grid = (launch["grid_x"], launch["grid_y"], launch["grid_z"])
@@ -294,7 +318,9 @@ class Bench:
             cuda.fill(self.outputs[0], self.y_bytes, 0xFF)
             one(0)
             cuda.synchronise()
-            error, deviations = self.check(cuda.download(self.outputs[0], self.y_shape, self.case.storage))
+            y = cuda.download(self.outputs[0], self.y_shape, self.case.storage)
+            rows = cuda.download(pool, rows_shape, self.case.storage) if self.case.pool else None
+            error, deviations = self.check(y, rows)
             times = cuda.time_graph(cuda.graph(many), replays) if replays else []
             blocks = cuda.occupancy(function, launch["threads"], launch["shared_bytes"])
         finally:

@@ -30,6 +30,7 @@ Array = NDArray[Any]
 
 # The largest norm of the difference over the norm of stock's outputs that rounding explains, by input type.
 TOLERANCE = {"float16": 3e-2, "float32": 1e-2}  # float32 includes TF32
+MOST_TOLERANCE = 0.3  # of a network so sensitive to rounding that stock's own settings differ by more
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,16 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether the rewritten network ran and gave stock's numbers, within rounding, in every setting that ran."""
-        rewritten = [t for t in self.timings if t.setting.rewritten]
-        ran = [t.difference for t in rewritten if t.difference is not None]
-        return bool(ran) and all(d <= TOLERANCE[self.dtype] for d in ran) and self.best(True) is not None
+        """Whether the rewritten network ran and gave stock's numbers, within rounding, in every setting that ran.
+
+        Where stock's own settings differ by more, half as much again as they do is within rounding.
+        """
+        stock, ran = (
+            [t.difference for t in self.timings if t.setting.rewritten == kind and t.difference is not None]
+            for kind in (False, True)
+        )
+        limit = max(TOLERANCE[self.dtype], min(1.5 * max(stock, default=0.0), MOST_TOLERANCE))
+        return bool(ran) and max(ran) <= limit and self.best(True) is not None
 
     def to_dict(self) -> dict[str, Any]:
         best = self.best(False)

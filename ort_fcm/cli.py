@@ -40,6 +40,9 @@ def rewrite(
     check: Annotated[bool, typer.Option(help="Compare with the original on the CPU.")] = True,
     tune: Annotated[bool, typer.Option("--tune", help="Choose by times measured on the GPU present.")] = False,
     tune_seconds: Annotated[float, typer.Option(min=1, help="About how long to measure.")] = 60.0,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", metavar="FILE", help="Use what `plan --json` wrote, perhaps edited.")
+    ] = None,
     json_file: Json = None,
 ) -> None:
     """Replace chains of convolutions by fused modules."""
@@ -53,6 +56,7 @@ def rewrite(
         batch=batch,
         float16=float16,
         constants=constants,
+        plan=plan or (),
         check=check,
         tune=tune,
         tune_seconds=tune_seconds,
@@ -70,13 +74,13 @@ def plan(
     constants: Constants = False,
     json_file: Json = None,
 ) -> None:
-    """Say what a rewrite would fuse, and write no model."""
+    """Say what a rewrite would fuse, and write no model; --json also holds the plans, for rewrite --plan."""
     from ort_fcm.rewrite.pipeline import rewrite as run
 
     _check_json(json_file)
-    report = run(model, gpu=gpu, batch=batch, float16=float16, constants=constants, check=False).report
-    report.print()
-    _write_json(json_file, report.to_dict())
+    result = run(model, gpu=gpu, batch=batch, float16=float16, constants=constants, check=False)
+    result.report.print()
+    _write_json(json_file, {**result.report.to_dict(), "plans": [item.to_dict() for item in result.plans]})
 
 
 @app.command()

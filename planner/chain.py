@@ -35,7 +35,10 @@ class Layer:
     "conv" any other dense 2-D convolution of group 1. kernel, stride, dilation: (height, width); pads: (top, left,
     bottom, right), in pixels. residual: an Add with a residual follows, so a module can only end here. nodes: how many
     nodes of the model the layer stands for. activation_nodes: how many elementwise kernels stock runs after the
-    convolution (the pieces of the activation, and the residual Add).
+    convolution (the pieces of the activation, and the residual Add). Of a squeeze-and-excite: pool says that the mean
+    of the output over its map is needed besides, so that a module can only end here; mean, that the input is such a
+    mean, so that a module is this pointwise and the next; scaled, that the input is multiplied by a factor for each
+    image and channel, so that a module can only start here.
     """
 
     kind: str
@@ -50,6 +53,9 @@ class Layer:
     name: str = ""
     nodes: int = 1
     activation_nodes: int = 0
+    pool: bool = False
+    mean: bool = False
+    scaled: bool = False
 
     def __post_init__(self) -> None:
         for key in ("kernel", "stride", "dilation", "pads"):  # lists, as JSON gives them, become hashable
@@ -67,6 +73,10 @@ class Layer:
             raise PlannerError(f"layer '{self.name}': a depthwise has as many output channels as input channels")
         if self.kind == "pw" and (self.kernel != (1, 1) or any(self.pads)):
             raise PlannerError(f"layer '{self.name}': a pw layer has a 1x1 kernel and no pads")
+        if (self.mean or self.scaled) and self.kind != "pw":
+            raise PlannerError(f"layer '{self.name}': only a pw layer takes a mean or factors")
+        if self.pool and (self.kind != "dw" or self.residual):
+            raise PlannerError(f"layer '{self.name}': only a depthwise without a residual is pooled")
 
     @cached_property
     def taps(self) -> int:
@@ -86,6 +96,8 @@ class Layer:
     def out_length(self, axis: int, length: int) -> int:
         """Output pixels along an axis (0 rows, 1 columns) of `length` input pixels; below 1 where the filter does not
         fit."""
+        if self.mean:
+            return 1
         return (length + self.pads[axis] + self.pads[axis + 2] - self.reach[axis]) // self.stride[axis] + 1
 
     def out_size(self, height: int, width: int) -> tuple[int, int]:

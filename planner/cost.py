@@ -8,9 +8,11 @@ sizes are bytes, times microseconds.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from math import gcd
 from typing import NamedTuple
 
+from . import gate
 from .chain import STAGES, Chain, Layer, Tile, ceil_div, round_up
 from .gpus import Gpu
 
@@ -23,7 +25,7 @@ class Priors:
     dram_share: float = 0.90  # of memory_gbps that a copy reaches: 4.3 of 4.8 TB/s
     l2_share: float = 1.0  # of l2_gbps, itself an estimate of what is reached
     l2_bytes_per_clock: float = 23.14  # L2 bytes that one SM takes in a clock
-    weight_traffic: float = 0.007416  # of the time of other bytes from L2 that weights take, as many SMs ask for the same
+    weight_traffic: float = 0.007416  # of the time of L2's other bytes that weights take: many SMs ask for the same
     tensor_share: float = 1.0  # of the rate of mma.sync
     plain_share: float = 0.65  # of an SM's multiply-adds that products reach where there are no tensor cores
     overlap: float = 1.521  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
@@ -82,6 +84,8 @@ _ACTIVATION = {"none": 0, "relu": 1, "clip": 2, "hardswish": 4, "hardsigmoid": 3
 
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
+FRAGMENT = 512  # bytes of an operand of a warp: 32 lanes x 16
+SECTOR = 32  # bytes that L2 hands out at least
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,20 @@ class Segment:
 
     @property
     def stages(self) -> str:
-        return "-".join(layer.kind for layer in self.layers)
+        return "-".join(["mean"] * self.mean + [layer.kind for layer in self.layers])
+
+    @property
+    def mean(self) -> bool:
+        """A gate: two pointwise layers on the mean of the input over its map."""
+        return self.layers[0].mean
+
+    @property
+    def pool(self) -> bool:
+        return self.layers[-1].pool
+
+    @property
+    def scaled(self) -> bool:
+        return self.layers[0].scaled
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
@@ -169,6 +186,8 @@ class Segment:
     @cached_property
     def input_elements(self) -> int:
         """Elements of X that any window touches."""
+        if self.mean:
+            return self.batch * gate.rows(self) * self.c_in
         touched = [touched_pixels(self.layers, axis, size) for axis, size in enumerate(self.maps[0])]
         return self.batch * touched[0] * touched[1] * self.c_in
 
@@ -183,6 +202,20 @@ class Segment:
     @cached_property
     def weight_elements(self) -> int:
         return sum(layer.weights for layer in self.layers)
+
+    @cached_property
+    def group_bytes(self) -> int:
+        """Weights of first and depthwise as packed for a group of middle channels, with their biases."""
+        total = 0
+        if self.first:
+            total += self.group // 8 * self.first_steps * 256 + self.vector_bytes(self.first)
+        if self.depthwise:
+            total += self.depthwise.taps * 64 + self.vector_bytes(self.depthwise)
+        return total
+
+    def vector_bytes(self, layer: Layer) -> int:
+        """Bias, and slope of a PRelu, of a group."""
+        return self.group * 4 * (2 if layer.activation == "prelu" else 1)
 
     @cached_property
     def compulsory_bytes(self) -> int:
@@ -200,7 +233,11 @@ def segment(chain: Chain, first: int, last: int) -> Segment | None:
     """The segment of the chain's layers first..last, or None where no kernel computes these stages in one."""
     layers = chain.layers[first : last + 1]
     kinds = [layer.kind for layer in layers]
-    if "-".join(kinds) not in STAGES or any(layer.residual for layer in layers[:-1]):
+    if "-".join(kinds) not in STAGES or any(layer.residual or layer.pool for layer in layers[:-1]):
+        return None
+    if any(layer.mean or layer.scaled for layer in layers[1:]):
+        return None
+    if layers[0].mean and (kinds != ["pw", "pw"] or layers[0].scaled or layers[1].residual):
         return None
     bare = [replace(layer, name="", nodes=1, activation_nodes=0, residual=False) for layer in layers]
     depthwise = kinds.index("dw") if "dw" in kinds else None
@@ -280,6 +317,8 @@ def tiling(seg: Segment, tile: Tile) -> Tiling:
 def illegal(seg: Segment, tile: Tile) -> str:
     """Why the kernels cannot run the segment with this tile, on any GPU; empty if they can."""
     t, group = tile, seg.group
+    if seg.mean:
+        return gate.illegal(t, group)
     channels = block_n(seg, t)
     if min(t.tile_h, t.tile_w, t.images, t.chunk, t.warps_m, t.warps_n, t.split, t.blocks) < 1 or t.block_n < 0:
         return "every field of a tile is positive (block_n may be 0)"
@@ -300,6 +339,8 @@ def illegal(seg: Segment, tile: Tile) -> str:
             return "the warps do not cover the tile"
         if t.images > 1 and (t.tile_h < seg.maps[-1][0] or t.tile_w < seg.maps[-1][1]):
             return "a tile of several images must cover the output map"
+        if seg.pool and t.images > 1 and t.tile_h // t.patch_h * t.tile_w // 2 % 8:
+            return "sums of several images need warps of one image each"
     elif t.images != 1:
         return "images needs a depthwise"
     if seg.project:
@@ -319,8 +360,8 @@ def illegal(seg: Segment, tile: Tile) -> str:
 
 def _no_wgmma(seg: Segment, tile: Tile) -> str:
     """What wgmma needs and does not find; empty if it finds all."""
-    if seg.element != 2 or seg.c_in % 8:
-        return "float16 and a multiple of 8 input channels"
+    if seg.element != 2 or seg.c_in % 8 or seg.scaled or seg.mean:
+        return "float16, a multiple of 8 input channels, and X as it is"
     if "conv" in seg.stages or not (seg.project or seg.first) or (seg.first and not seg.depthwise):
         return "pointwise stages, with a depthwise between two"
     if tile.warps_m % 4 or (seg.first and tile.chunk > 128):
@@ -342,6 +383,11 @@ def _warp_groups_n(seg: Segment, tile: Tile) -> int:
 def accumulators(seg: Segment, tile: Tile) -> int:
     """Registers of a thread for its share of the output."""
     return tile.patch_h * _warp_groups_n(seg, tile) * seg.group // 2 if seg.project else 0
+
+
+def pool_rows(seg: Segment, tile: Tile) -> int:
+    """Rows of the sums over an image's map, of a segment with a depthwise."""
+    return tiling(seg, tile).tiles * ceil_div(tile.tile_h // tile.patch_h * (tile.tile_w // 2), 8)
 
 
 def _first_rows(seg: Segment, tile: Tile) -> int:
@@ -366,21 +412,19 @@ def _exchanges(seg: Segment, tile: Tile) -> bool:
 
 def shared_bytes(seg: Segment, tile: Tile) -> int:
     """Shared memory of a thread block."""
+    if seg.mean:
+        return gate.shared_bytes(seg, tile)
     t, groups, warps = tile, tile.chunk // seg.group, tile.warps_m * tile.warps_n
-    fragment = 512  # 32 lanes x 16 bytes
-    once = planes = weights = 0
-
-    def vectors(layer: Layer) -> int:  # bias, and slope of a PRelu, of a group
-        return seg.group * 4 * (2 if layer.activation == "prelu" else 1)
-
-    if seg.first:
-        first_steps = round_up(seg.first_steps, 2) if t.wgmma else seg.first_steps
-        chunk = groups * (seg.group // 8 * first_steps * 256 + vectors(seg.first))
-        weights += round_up(chunk, fragment if t.wgmma else 16)
-        if t.wgmma:
-            once = ceil_div(seg.first_steps, 2) * _first_rows(seg, t) * 64
-        elif not _first_in_registers(seg, t):
-            once = warps * _first_tiles(seg, t) * ceil_div(seg.first_steps, 2) * 2 * fragment
+    fragment = FRAGMENT
+    once = planes = 0
+    weights = groups * seg.group_bytes
+    if seg.first and t.wgmma:  # whole groups of X's channels, and a chunk's weights in whole row blocks
+        rows, vectors = seg.group // 8 * 256, seg.vector_bytes(seg.first)
+        padded = groups * (rows * round_up(seg.first_steps, 2) + vectors)
+        weights += round_up(padded, fragment) - groups * (rows * seg.first_steps + vectors)
+        once = ceil_div(seg.first_steps, 2) * _first_rows(seg, t) * 64
+    elif seg.first and not _first_in_registers(seg, t):
+        once = warps * _first_tiles(seg, t) * ceil_div(seg.first_steps, 2) * 2 * fragment
     if seg.depthwise:
         spatial = tiling(seg, t)
         if seg.first and seg.first.kind == "conv":  # the patch of X under the halo region
@@ -388,7 +432,6 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
             columns = (spatial.halo_columns - 1) * seg.first.stride[1] + seg.first.reach[1]
             once += round_up(t.images * seg.c_in * rows * round_up(columns + 1, 2) * seg.element, 16)
         planes += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
-        weights += groups * (seg.depthwise.taps * 64 + vectors(seg.depthwise))
     if seg.project:
         weights += groups * (block_n(seg, t) // 8) * fragment
         if _exchanges(seg, t):
@@ -401,6 +444,25 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
     return arrivals + (working + reduction if t.resident else max(working, reduction))
 
 
+def packed_bytes(seg: Segment, tile: Tile) -> tuple[int, int]:
+    """Weights as they lie in memory, padded to whole chunks, with biases: of first and depthwise, and of project."""
+    groups = round_up(seg.middle_groups, tile.chunk // seg.group)
+    if not seg.project:
+        return groups * seg.group_bytes, 0
+    biases = round_up(seg.c_out, seg.group) // seg.group * seg.vector_bytes(seg.project)
+    return groups * seg.group_bytes, groups * (seg.padded_out // 8) * FRAGMENT + biases
+
+
+@lru_cache(maxsize=4096)
+def touched_bytes(channels: int, element: int) -> float:
+    """Bytes of the sectors that a pixel's groups of 64 bytes touch, one group after another: the mean over pixels that
+    follow one another in memory."""
+    pixel = channels * element
+    period = SECTOR // gcd(pixel, SECTOR)
+    groups = [(i * pixel + at, i * pixel + min(at + 64, pixel)) for i in range(period) for at in range(0, pixel, 64)]
+    return SECTOR * sum(ceil_div(end, SECTOR) - start // SECTOR for start, end in groups) / period
+
+
 def _steps(seg: Segment, tile: Tile) -> int:
     """Chunks that a thread block walks over."""
     groups = tile.chunk // seg.group
@@ -411,6 +473,8 @@ def _steps(seg: Segment, tile: Tile) -> int:
 
 def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
     """Registers of a thread, estimated: accumulators, `first`'s fragments, and the hungrier of the phases."""
+    if seg.mean:
+        return gate.REGISTERS
     phase = 16 + 8 * tile.patch_h  # fragments of a tensor-core product
     sums = accumulators(seg, tile)
     if seg.depthwise:
@@ -556,8 +620,16 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     # read different channels of X.
     x_reads = (t.split if seg.first else 1) * (blocks_n if seg.project or seg.first else 1)
     recomputed = blocks_n if seg.project else 1
-    moved = x_reads * x_pixels * seg.c_in + out_pixels * seg.c_out * (2 if seg.residual else 1)
-    fetched = sum(part.weights * (1 if part is seg.project else recomputed) for part in seg.layers)
+    x_bytes, y_bytes = float(e * seg.c_in), float(e * seg.c_out)  # of a pixel
+    vector = 16 // e  # channels
+    if seg.c_in % vector == 0 and (seg.streams or (layer and not seg.first)):  # copied past L1
+        x_bytes = touched_bytes(seg.c_in, e)
+    written = touched_bytes(seg.c_out, e) if seg.c_out % vector == 0 else y_bytes
+    moved = x_reads * x_pixels * x_bytes + out_pixels * (written + (y_bytes if seg.residual else 0))
+    inner, outer = packed_bytes(seg, t)
+    padding = inner + outer - e * seg.weight_elements
+    if seg.pool:  # a row for every warp with pixels
+        moved += seg.batch * pool_rows(seg, t) * y_bytes
 
     # Work of a warp in a chunk step.
     pack = 2 if e == 2 else 1
@@ -592,6 +664,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         copied_weights += groups * layer.taps * 64
         if not seg.first:
             copied += groups * halo_pixels * 64
+        if seg.pool:  # a conversion and an addition for each value, then the exchange between lanes
+            values += own * (t.patch_h * 32 + 30)
     if seg.project:
         weights = groups * (channels // 8) * 512
         products += groups * 2 * t.patch_h * _warp_groups_n(seg, t) * (group // 8)
@@ -607,6 +681,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
                 copied += passed * 512 * t.warps_m
             else:
                 stores += passed / t.warps_n
+        if seg.scaled:
+            values += groups * t.patch_h * 2 * 5
         if not seg.first and not layer and not seg.streams:  # gathered from global memory
             width = 16 // e if seg.c_in % (16 // e) == 0 else 1
             values += 6 * t.patch_h * 16 * t.chunk / width / 32
@@ -624,8 +700,9 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         done += out_pixels * seg.project.weights
     return Work(
         spatial * apart, spatial_blocks * apart, ceil_div(spatial, spatial_blocks), busy, warps, steps, t.split,
-        e * moved, e * spatial_blocks * fetched, seg.compulsory_bytes, products, operands, values, loads, stores,
-        copied / 512 / warps, copied_weights / 512 / warps, tiles, ends, max(1.0, done / seg.multiply_adds),
+        int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, products, operands,
+        values, loads, stores, copied / 512 / warps, copied_weights / 512 / warps, tiles, ends,
+        max(1.0, done / seg.multiply_adds),
     )  # fmt: skip
 
 
@@ -692,6 +769,8 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     blocks = resident(seg, tile, gpu, shared, min(regs + priors.spare_registers, bound))
     if not blocks:
         return None
+    if seg.mean:
+        return _estimate_gate(seg, tile, gpu, blocks, shared, priors)
     done = work(seg, tile, gpu.sms)
     parts = times(seg, done, gpu, blocks, max(0, regs - bound), bool(tile.resident), priors)
     return Estimate(
@@ -708,6 +787,23 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     )
 
 
+def _estimate_gate(seg: Segment, tile: Tile, gpu: Gpu, blocks: int, shared: int, priors: Priors) -> Estimate:
+    cost = gate.cost(seg, tile)
+    busy = ceil_div(cost.grid, gpu.sms)
+    dram_us, l2_us = memory_us(gpu, seg.compulsory_bytes, cost.moved, priors)
+    parts = {
+        "dram": dram_us,
+        "l2": l2_us,
+        "instructions": busy * cost.instructions / gpu.clock_mhz,
+        "latency": ceil_div(busy, blocks) * cost.latency / gpu.clock_mhz,
+    }
+    total: float = sum(value**priors.overlap for value in parts.values()) ** (1 / priors.overlap)
+    return Estimate(
+        priors.launch_us + total, cost.moved, seg.compulsory_bytes, shared, gate.REGISTERS, 0, blocks, cost.grid, 1.0,
+        max(parts, key=parts.__getitem__),
+    )  # fmt: skip
+
+
 class Stock(NamedTuple):
     """What stock does: time in microseconds, traffic in bytes."""
 
@@ -719,7 +815,9 @@ def stock(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
     """A layer as separate kernels: the convolution, then each activation and Add on its own."""
     layer = chain.layers[index]
     (out_h, out_w), element = chain.maps()[index + 1], 2 if chain.dtype == "float16" else 4
-    lone = segment(chain, index, index)
+    plain = replace(layer, pool=False, mean=False, scaled=False)
+    size = (1, 1) if layer.mean else chain.maps()[index]
+    lone = segment(Chain((plain,), chain.batch, *size, chain.dtype), 0, 0)
     assert lone
     outputs = chain.batch * out_h * out_w * layer.out_channels
     traffic = element * (lone.input_elements + lone.weight_elements + outputs)
@@ -736,6 +834,12 @@ def stock(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
         moved = element * outputs * (reads + 1)
         traffic += moved
         time += _elementwise_us(moved, gpu, priors, priors.stock_elementwise_share)
+    height, width = chain.maps()[index]
+    inputs = chain.batch * height * width * layer.in_channels
+    for kernel, moved in ((layer.mean, element * inputs), (layer.scaled, 2 * element * inputs)):
+        if kernel:
+            traffic += moved
+            time += _elementwise_us(moved, gpu, priors, priors.stock_elementwise_share)
     return Stock(time, traffic)
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from . import gate
 from .chain import Chain, Layer, PlannerError, Tile, ceil_div, round_up
 from .cost import (
     MAX_REGISTERS,
@@ -37,7 +38,9 @@ class Module:
 
     first: int
     last: int
-    variant: str  # the stages in capitals; PWDW_R: PWDW on tiles with halo, not on whole maps
+    # The stages in capitals; PWDW_R: PWDW on tiles with halo, not on whole maps. MEAN+ or SCALE+ in front and +POOL
+    # behind: the parts of a squeeze-and-excite.
+    variant: str
     tile: Tile
     traffic_bytes: int  # between the SMs and L2
     dram_bytes: int  # from and to device memory, L2 cold at the start
@@ -89,9 +92,9 @@ class Plan:
             modules = tuple(Module(**{**entry, "tile": Tile.parse(entry["tile"])}) for entry in data["modules"])
             skips = tuple(Skip(**entry) for entry in data["skips"])
             plan = cls(**{**data, "chain": chain, "gpu": gpu, "modules": modules, "skips": skips})
+            plan.check()
         except (TypeError, KeyError, AttributeError) as error:
             raise PlannerError(f"not a plan: {error}") from None
-        plan.check()
         return plan
 
     def check(self) -> None:
@@ -146,7 +149,7 @@ def _spatial(seg: Segment, least_filled: float, wgmma: int = 0) -> Iterator[Tile
                 if tile_w < widths[-1] and not tile_h <= 4 * tile_w <= 16 * tile_h:
                     continue  # long tiles have more halo, but for bands of whole rows
                 patches = tile_h // patch_h * tile_w // 2
-                for images in (1, 2, 4, 8) if whole else (1,):
+                for images in (1, 2, 4, 8) if whole and not (seg.pool and patches % 8) else (1,):
                     warps_m = round_up(ceil_div(images * patches, 8), 4 if wgmma else 1)
                     if warps_m > MAX_WARPS or images >= 2 * seg.batch:
                         break
@@ -160,6 +163,9 @@ MAX_WARPS = 8  # of a thread block: beyond, barriers cost more than weights read
 
 def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
     """The tiles worth estimating, legal but for what the GPU holds. More SMs only ever add tiles."""
+    if seg.mean:
+        yield from gate.tiles(seg, gpu)
+        return
     group, padded = seg.group, seg.padded_out
     chunks = [n * group for n in (1, 2, 4) if n == 1 or n <= seg.middle_groups]
     cuts = sorted({round_up(ceil_div(padded, n), group) for n in (1, 2, 3, 4, 6, 8)}, reverse=True)
@@ -209,6 +215,8 @@ def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) 
         cost = item[1]
         return (cost.traffic_bytes, cost.time_us) if objective == "traffic" else (cost.time_us, cost.traffic_bytes)
 
+    if seg.mean:
+        return tuple(sorted(found, key=key)[: limit or None])
     enough = NEAR * min((cost.time_us for _, cost in found), default=0.0)
     near = [item for item in found if item[1].time_us < enough or objective == "traffic"]
     found += [variant for tile, cost in near for variant in _variants(seg, tile, gpu, cost.grid, priors)]
@@ -241,10 +249,11 @@ def _variants(seg: Segment, tile: Tile, gpu: Gpu, grid: int, priors: Priors) -> 
 
 
 def _module(seg: Segment, first: int, last: int, gpu: Gpu, tile: Tile, cost: Estimate) -> Module:
-    variant = seg.stages.replace("-", "").upper()
+    variant = "-".join(layer.kind for layer in seg.layers).replace("-", "").upper()
     out_h, out_w = seg.maps[-1]
     if variant == "PWDW" and (tile.tile_h < out_h or tile.tile_w < out_w):
         variant = "PWDW_R"
+    variant = "MEAN+" * seg.mean + "SCALE+" * seg.scaled + variant + "+POOL" * seg.pool
     return Module(
         first=first,
         last=last,

@@ -226,13 +226,19 @@ class CpuKernel : public Kernel {
     if (module_.varying) return CpuKernel(with_weights(module_, context)).compute(context);
     const CallInputs inputs = call_inputs(module_, context);
     const CallShape& shape = inputs.shape;
-    void* const y = call_output(shape, context);
+    void* const y = call_output(shape.output_shape, context);
+    void* const pool = module_.pool ? call_output(pool_shape(module_, shape.batch, 1), context, 1) : nullptr;
     if (!shape.batch) return;
-    const View x{inputs.x, module_.half, module_.input_nchw, shape.sizes[0], module_.stages.front().in_channels};
+    const View x{inputs.x, module_.half, module_.input_nchw, inputs.map, module_.stages.front().in_channels};
     std::vector<float> buffer;
     const float* input = static_cast<const float*>(inputs.x);
-    if (module_.half || module_.input_nchw) {
+    if (module_.half || module_.input_nchw || module_.scaled) {
       buffer = as_float_nhwc(context, x, shape.batch);
+      if (module_.scaled) multiply_channels(buffer, View{inputs.scale, module_.half, false, {1, 1}, x.channels}, shape);
+      input = buffer.data();
+    }
+    if (module_.mean) {
+      buffer = mean_of(input, shape.batch, inputs.map, x.channels);
       input = buffer.data();
     }
     for (size_t i = 0; i + 1 < stages_.size(); ++i) {
@@ -244,6 +250,11 @@ class CpuKernel : public Kernel {
     View residual = out;
     residual.data = inputs.residual;
     last_stage(context, stages_[last], input, shape.batch, shape.sizes[last], out, residual);
+    if (!pool) return;
+    const std::vector<float> mean =
+        mean_of(as_float_nhwc(context, out, shape.batch).data(), shape.batch, out.size, out.channels);
+    const View rows{pool, module_.half, false, {1, 1}, out.channels};
+    for (size_t i = 0; i < mean.size(); ++i) rows.store(int64_t(i), mean[i]);
   }
 
  private:
@@ -255,6 +266,31 @@ class CpuKernel : public Kernel {
       x.each(int64_t(row), [&](int64_t i, int64_t v) { values[v] = x.load(i); });
     });
     return out;
+  }
+
+  // Of [batch, height, width, channels], over height and width.
+  std::vector<float> mean_of(const float* map, int64_t batch, MapSize size, int channels) const {
+    const int64_t pixels = size.height * size.width;
+    std::vector<float> mean;
+    std::vector<double> sums(size_t(channels), 0.0);
+    for (int64_t image = 0; image < batch; ++image) {
+      std::fill(sums.begin(), sums.end(), 0.0);
+      for (int64_t i = 0; i < pixels; ++i, map += channels)
+        for (int c = 0; c < channels; ++c) sums[size_t(c)] += map[c];
+      for (double sum : sums) mean.push_back(float(sum / double(pixels)));
+    }
+    round(mean.data(), int64_t(mean.size()));
+    return mean;
+  }
+
+  // Each image's channels times its factors.
+  void multiply_channels(std::vector<float>& map, const View& factors, const CallShape& shape) const {
+    const int64_t pixels = shape.sizes[0].height * shape.sizes[0].width;
+    float* value = map.data();
+    for (int64_t image = 0; image < shape.batch; ++image)
+      for (int64_t i = 0; i < pixels; ++i)
+        for (int c = 0; c < factors.channels; ++c) *value++ *= factors.load(image * factors.channels + c);
+    round(map.data(), int64_t(map.size()));
   }
 
   void round(float* values, int64_t count) const {

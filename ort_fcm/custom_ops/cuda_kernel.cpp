@@ -37,14 +37,20 @@ class CudaKernel : public Kernel {
   void compute(ort::KernelContext* context) override {
     const CallInputs inputs = call_inputs(module_, context);
     const CallShape& shape = inputs.shape;
-    void* const y = call_output(shape, context);
+    void* const y = call_output(shape.output_shape, context);
+    void* pool = nullptr;
+    if (module_.pool) {
+      const int rows = launch(spec_, shape.batch, inputs.map.height, inputs.map.width).pool_rows;
+      pool = call_output(pool_shape(module_, shape.batch, rows), context, 1);
+    }
     if (!shape.batch) return;
     if (!ready_.load(std::memory_order_acquire)) load(context);
     Params params = params_;
     params.x = inputs.x, params.residual = inputs.residual, params.y = y;
+    params.scale = inputs.scale, params.pool = pool;
     void* stream = nullptr;
     check(ort::compute_stream(context, &stream));
-    launch_module(gpu_, spec_, shape, params, kernel_->function(), static_cast<cuda::Stream>(stream));
+    launch_module(gpu_, spec_, shape, inputs.map, params, kernel_->function(), static_cast<cuda::Stream>(stream));
   }
 
  private:

@@ -42,7 +42,8 @@ Type read_type(const std::string& name) {
 
 Description read_description(const std::string& text) {
   Attributes attributes;
-  std::map<std::string, std::string> others = {{"channels", ""}, {"type", ""}, {"residual", "0"}};
+  std::map<std::string, std::string> others = {
+      {"channels", ""}, {"type", ""}, {"residual", "0"}, {"pool", "0"}, {"scaled", "0"}};
   std::istringstream lines(text);
   for (std::string line; std::getline(lines, line);) {
     if (line.empty()) continue;
@@ -62,6 +63,7 @@ Description read_description(const std::string& text) {
     fail("channels has ", channels.size(), " values; ", module.stages.size(), " stages need one more than they are");
   module.half = out.type == Type::float16;
   module.residual = others["residual"] == "1";
+  module.pool = others["pool"] == "1", module.scaled = others["scaled"] == "1";
   for (size_t i = 0; i < module.stages.size(); ++i) {
     Stage& stage = module.stages[i];
     const bool depthwise = stage.kind == StageKind::depthwise;

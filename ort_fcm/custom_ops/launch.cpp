@@ -12,11 +12,11 @@ void check_aligned(const void* data, const char* name) {
 }
 
 // Sizes that the kernels hold in 32 bits.
-void check_extents(const Spec& spec, const CallShape& shape) {
+void check_extents(const Spec& spec, const CallShape& shape, MapSize map) {
   const auto check_one = [&](MapSize size, int channels) {
     if (size.height * size.width > INT_MAX / 2 / channels) fail("an image has more than 2^30 elements");
   };
-  check_one(shape.sizes.front(), spec.c_in);
+  check_one(map, spec.c_in);
   check_one(shape.sizes.back(), spec.c_out);
 }
 
@@ -43,17 +43,17 @@ Gpu current_gpu() {
 
 std::string architecture(const Gpu& gpu) { return text("sm_", gpu.capability, gpu.capability == 90 ? "a" : ""); }
 
-void launch_module(const Gpu& gpu, const Spec& spec, const CallShape& shape, Params params, cuda::Function function,
-                   cuda::Stream stream) {
-  check_extents(spec, shape);
+void launch_module(const Gpu& gpu, const Spec& spec, const CallShape& shape, MapSize in, Params params,
+                   cuda::Function function, cuda::Stream stream) {
+  check_extents(spec, shape, in);
   check_aligned(params.x, "input X"), check_aligned(params.residual, "residual R"), check_aligned(params.y, "output Y");
+  check_aligned(params.scale, "factors G");
 
-  const MapSize in = shape.sizes.front();
   const Launch l = launch(spec, shape.batch, in.height, in.width, gpu.multiprocessors);
   if (l.grid_x > INT_MAX || l.grid_y > 65535) fail("the call needs more thread blocks than a launch has");
   params.batch = int(shape.batch), params.in_h = int(in.height), params.in_w = int(in.width);
   params.mid_h = l.mid_h, params.mid_w = l.mid_w, params.out_h = l.out_h, params.out_w = l.out_w;
-  params.tiles_x = l.tiles_x, params.tiles_y = l.tiles_y;
+  params.tiles_x = l.tiles_x, params.tiles_y = l.tiles_y, params.pool_rows = l.pool_rows;
 
   // From sm_90 on, a kernel's start overlaps the end of the one before it: it waits for that itself.
   cuda::LaunchAttribute attributes[2] = {};

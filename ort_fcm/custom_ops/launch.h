@@ -20,9 +20,9 @@ Gpu current_gpu();  // throws Error if there is none
 
 std::string architecture(const Gpu& gpu);  // as NVRTC names it
 
-// Launches `function`, compiled for `spec`, on `stream`. Of `params`, the tensors and weights are set; a batch of 0 is
-// not for it. Throws Error.
-void launch_module(const Gpu& gpu, const Spec& spec, const CallShape& shape, Params params, cuda::Function function,
-                   cuda::Stream stream);
+// Launches `function`, compiled for `spec`, on `stream`, for X of `map` pixels. Of `params`, the tensors and weights
+// are set; a batch of 0 is not for it. Throws Error.
+void launch_module(const Gpu& gpu, const Spec& spec, const CallShape& shape, MapSize map, Params params,
+                   cuda::Function function, cuda::Stream stream);
 
 }  // namespace fcm

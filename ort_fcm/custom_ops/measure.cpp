@@ -171,14 +171,19 @@ double measure(Description description, const std::vector<int64_t>& x_shape) {
   const std::string pattern = random_elements(module.half);
   const DeviceBuffer x(context, pattern, bytes(x_shape));
   const DeviceBuffer residual(context, pattern, module.residual ? bytes(shape.output_shape) : 1);
+  const MapSize map{x_shape[module.input_nchw ? 2 : 1], x_shape[module.input_nchw ? 3 : 2]};
+  const int rows = launch(spec, shape.batch, map.height, map.width).pool_rows;
+  const DeviceBuffer scale(context, pattern, module.scaled ? bytes({shape.batch, spec.c_in}) : 1);
+  const DeviceBuffer pool(context, pattern, module.pool ? bytes(pool_shape(module, shape.batch, rows)) : 1);
   const DeviceBuffer y(context, pattern, bytes(shape.output_shape));
   const auto pointer = [](const DeviceBuffer& buffer) {
     return reinterpret_cast<void*>(static_cast<uintptr_t>(buffer.address()));
   };
   Params params = packed.params(weights.address());
   params.x = pointer(x), params.y = pointer(y), params.residual = module.residual ? pointer(residual) : nullptr;
+  params.scale = pointer(scale), params.pool = pointer(pool);
   return time_launches(
-      [&](cuda::Stream stream) { launch_module(gpu, spec, shape, params, kernel->function(), stream); });
+      [&](cuda::Stream stream) { launch_module(gpu, spec, shape, map, params, kernel->function(), stream); });
 }
 
 }  // namespace fcm

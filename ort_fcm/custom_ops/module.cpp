@@ -17,8 +17,8 @@ constexpr int64_t kMaxWindow = 4096;  // of a kernel, stride, pad or dilation: k
 
 constexpr int64_t kMaxDepth = 1 << 20;  // channels, and terms of one output's sum: keeps byte counts within 31 bits
 
-const char* const kLegalStages[] = {"dw",      "pw",    "conv",    "dw-pw",    "pw-dw",
-                                    "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw"};
+const char* const kLegalStages[] = {"dw",    "pw",      "conv",     "dw-pw",      "pw-dw",     "conv-dw",
+                                    "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw", "mean-pw-pw"};
 
 const std::map<std::string, Activation>& activation_names() {
   static const std::map<std::string, Activation> names = {
@@ -136,7 +136,9 @@ Module read_attributes(const std::string& node, const Attributes& attributes) {
   const std::string stages = read.required_text("stages");
   if (std::find(std::begin(kLegalStages), std::end(kLegalStages), stages) == std::end(kLegalStages))
     fail("attribute stages is '", stages, "', which is no legal chain");
-  const std::vector<std::string> kinds = split(stages, '-');
+  std::vector<std::string> kinds = split(stages, '-');
+  module.mean = kinds[0] == "mean";
+  if (module.mean) kinds.erase(kinds.begin());
   const size_t n = kinds.size();
   const Ints kernels = read.windows("kernel_shape", 2, n, 1, 0);
   const Ints strides = read.windows("strides", 2, n, 1, 1);
@@ -190,6 +192,11 @@ void set_channels(Stage& stage, int number, const std::vector<int64_t>& shape, i
 void check_module(const Module& module) {
   if (!module.residual && module.output_act.kind != Activation::none)
     fail("output_activation is given without the residual input R");
+  if (module.pool && (module.stages.back().kind != StageKind::depthwise || module.residual))
+    fail("there is a second output, which only a module has that ends in a depthwise, without a residual");
+  if (module.scaled && (module.stages.front().kind != StageKind::pointwise || module.mean))
+    fail("factors G are given, which only a module takes that starts with a pointwise");
+  if (module.mean && module.residual) fail("a residual is given to a module on a mean");
 }
 
 MapSize output_size(const Stage& stage, MapSize in) {
@@ -211,6 +218,11 @@ CallShape call_shape(const Module& module, const std::vector<int64_t>& x_shape) 
     if (value < 0 || value > INT_MAX / 2) fail("input X has shape ", shape_text(x_shape), ", which is too large");
   };
   limit(call.batch), limit(call.sizes[0].height), limit(call.sizes[0].width);
+  if (module.mean) {
+    if (!call.sizes[0].height || !call.sizes[0].width)
+      fail("input X has shape ", shape_text(x_shape), ", of which there is no mean");
+    call.sizes[0] = {1, 1};
+  }
   for (const Stage& stage : module.stages) {
     const MapSize size = output_size(stage, call.sizes.back());
     if (size.height < 1 || size.width < 1)
@@ -223,6 +235,10 @@ CallShape call_shape(const Module& module, const std::vector<int64_t>& x_shape) 
   call.output_shape = module.output_nchw ? std::vector<int64_t>{call.batch, out_channels, out.height, out.width}
                                          : std::vector<int64_t>{call.batch, out.height, out.width, out_channels};
   return call;
+}
+
+std::vector<int64_t> pool_shape(const Module& module, int64_t batch, int64_t rows) {
+  return {batch, rows, 1, module.stages.back().out_channels};
 }
 
 std::string shape_text(const std::vector<int64_t>& shape) {

@@ -30,7 +30,10 @@ struct Module {
   std::string node;  // its name, for messages
   bool half = false;
   std::vector<Stage> stages;
+  bool mean = false;  // the stages run on the mean of X over its map
   bool residual = false;
+  bool pool = false;     // there is a second output, of sums of Y
+  bool scaled = false;   // there are factors of X
   bool varying = false;  // weights, biases or slopes are not constant: each call brings its own
   Act output_act;
   bool input_nchw = false, output_nchw = false;
@@ -62,10 +65,13 @@ MapSize output_size(const Stage& stage, MapSize input);
 // Shapes of a call, all in 64 bits. Throws Error if X does not fit the module.
 struct CallShape {
   int64_t batch;
-  std::vector<MapSize> sizes;         // of X and after each stage
+  std::vector<MapSize> sizes;         // of X (with `mean`, of the mean) and after each stage
   std::vector<int64_t> output_shape;  // of Y, and of R
 };
 CallShape call_shape(const Module& module, const std::vector<int64_t>& x_shape);
+
+// The shape of the second output, sums of Y, where they have so many rows.
+std::vector<int64_t> pool_shape(const Module& module, int64_t batch, int64_t rows);
 
 std::string shape_text(const std::vector<int64_t>& shape);
 

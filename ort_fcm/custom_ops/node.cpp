@@ -60,6 +60,14 @@ bool has_input(const ort::KernelInfo* info, size_t index) {
   return size > 1;  // with the terminating zero
 }
 
+bool has_output(const ort::KernelInfo* info, size_t index) {
+  size_t count = 0, size = 0;
+  check(ort::output_count(info, &count));
+  if (index >= count) return false;
+  check(ort::output_name(info, index, nullptr, &size));
+  return size > 1;
+}
+
 // The value of a constant input, or null.
 const ort::Value* constant(const ort::KernelInfo* info, size_t index) {
   int is_constant = 0;
@@ -136,6 +144,8 @@ Module read_node(const ort::KernelInfo* info, bool half, bool constants_only) {
   Module module = read_attributes(node_name(info), read_all(info));
   module.half = half;
   module.residual = has_input(info, kResidualInput);
+  module.scaled = has_input(info, kScaleInput);
+  module.pool = has_output(info, 1);
   const auto look_at = [&](size_t index, const std::string& name) {
     if (constant(info, index)) return;
     if (constants_only) fail("the ", name, " is not a constant");
@@ -197,7 +207,9 @@ CallInputs call_inputs(const Module& module, const ort::KernelContext* context) 
   const ort::Value* x = nullptr;
   check(ort::kernel_input(context, 0, &x));
   if (!x) fail("input X is missing");
-  CallInputs inputs{call_shape(module, tensor_shape(x, type, "input X")), tensor_data(x), nullptr};
+  const std::vector<int64_t> x_shape = tensor_shape(x, type, "input X");
+  CallInputs inputs{call_shape(module, x_shape), {}, tensor_data(x), nullptr, nullptr};
+  inputs.map = {x_shape[module.input_nchw ? 2 : 1], x_shape[module.input_nchw ? 3 : 2]};
   if (module.residual) {
     const ort::Value* residual = nullptr;
     check(ort::kernel_input(context, kResidualInput, &residual));
@@ -207,12 +219,22 @@ CallInputs call_inputs(const Module& module, const ort::KernelContext* context) 
       fail("the residual R has shape ", shape_text(shape), ", but Y has ", shape_text(inputs.shape.output_shape));
     inputs.residual = tensor_data(residual);
   }
+  if (module.scaled) {
+    const ort::Value* scale = nullptr;
+    check(ort::kernel_input(context, kScaleInput, &scale));
+    if (!scale) fail("the factors G are missing");
+    const std::vector<int64_t> shape = tensor_shape(scale, type, "factors G");
+    std::vector<int64_t> wanted = x_shape;
+    wanted[module.input_nchw ? 2 : 1] = wanted[module.input_nchw ? 3 : 2] = 1;
+    if (shape != wanted) fail("the factors G have shape ", shape_text(shape), " instead of ", shape_text(wanted));
+    inputs.scale = tensor_data(scale);
+  }
   return inputs;
 }
 
-void* call_output(const CallShape& shape, ort::KernelContext* context) {
+void* call_output(const std::vector<int64_t>& shape, ort::KernelContext* context, size_t index) {
   ort::Value* y = nullptr;
-  check(ort::kernel_output(context, 0, shape.output_shape.data(), shape.output_shape.size(), &y));
+  check(ort::kernel_output(context, index, shape.data(), shape.size(), &y));
   void* data = nullptr;
   check(ort::tensor_data(y, &data));
   return data;

@@ -7,8 +7,8 @@
 
 namespace fcm {
 
-constexpr size_t kInputs = 11;
-constexpr size_t kResidualInput = 7;
+constexpr size_t kInputs = 12, kOutputs = 2;
+constexpr size_t kResidualInput = 7, kScaleInput = 11;
 constexpr size_t weight_input(size_t stage) { return 1 + 2 * stage; }
 constexpr size_t bias_input(size_t stage) { return 2 + 2 * stage; }
 constexpr size_t slope_input(size_t stage) { return 8 + stage; }
@@ -30,15 +30,17 @@ std::vector<int64_t> tensor_shape(const ort::Value* value, ort::ElementType type
 
 const void* tensor_data(const ort::Value* value);
 
-// Input X and, if the module has one, R of a call; and the shapes they imply. Throws Error.
+// Input X and, if the module has them, R and G of a call; and the shapes they imply. Throws Error.
 struct CallInputs {
   CallShape shape;
+  MapSize map;  // of X
   const void* x;
   const void* residual;
+  const void* scale;
 };
 CallInputs call_inputs(const Module& module, const ort::KernelContext* context);
 
-void* call_output(const CallShape& shape, ort::KernelContext* context);
+void* call_output(const std::vector<int64_t>& shape, ort::KernelContext* context, size_t index = 0);
 
 // Runs `work`; what it throws becomes a status that names `node`.
 template <class Work>

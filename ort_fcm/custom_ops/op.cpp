@@ -45,11 +45,11 @@ Op make_op(const char* provider, ort::ElementType type) {
   op.input_type = [](const ort::CustomOp* self, size_t) { return as_op(self).type; };
   op.input_count = [](const ort::CustomOp*) { return kInputs; };
   op.output_type = op.input_type;
-  op.output_count = [](const ort::CustomOp*) { return size_t{1}; };
+  op.output_count = [](const ort::CustomOp*) { return kOutputs; };
   op.input_characteristic = [](const ort::CustomOp*, size_t i) { return i < 2 ? ort::kRequired : ort::kOptional; };
-  op.output_characteristic = [](const ort::CustomOp*, size_t) { return ort::kRequired; };
+  op.output_characteristic = [](const ort::CustomOp*, size_t i) { return i ? ort::kOptional : ort::kRequired; };
   op.input_memory_type = [](const ort::CustomOp*, size_t i) {
-    return i == 0 || i == kResidualInput ? ort::kDefault : ort::kCpuInput;
+    return i == 0 || i == kResidualInput || i == kScaleInput ? ort::kDefault : ort::kCpuInput;
   };
   op.variadic_input_min_arity = [](const ort::CustomOp*) { return 1; };
   op.variadic_output_min_arity = op.variadic_input_min_arity;

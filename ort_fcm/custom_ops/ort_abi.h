@@ -93,6 +93,8 @@ inline constexpr Slot<65, Status*, const Value*, TensorInfo**> tensor_info;
 
 inline constexpr Slot<230, Status*, const KernelInfo*, size_t*> input_count;
 inline constexpr Slot<232, Status*, const KernelInfo*, size_t, char*, size_t*> input_name;
+inline constexpr Slot<231, Status*, const KernelInfo*, size_t*> output_count;
+inline constexpr Slot<233, Status*, const KernelInfo*, size_t, char*, size_t*> output_name;
 inline constexpr Slot<244, Status*, const KernelInfo*, char*, size_t*> node_name;
 inline constexpr Slot<249, Status*, const KernelInfo*, size_t, int*, const Value**> constant_input;
 inline constexpr Slot<85, Status*, const KernelInfo*, const char*, float*> attribute_float;

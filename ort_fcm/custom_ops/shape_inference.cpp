@@ -97,6 +97,7 @@ ort::Status* infer_shape(ort::ShapeContext* context) {
     Shape x, weight;
     if (!input_shape(context, 0, x) || !input_shape(context, weight_input(module.stages.size() - 1), weight)) return;
     Dimension height = x.dimensions[module.input_nchw ? 2 : 1], width = x.dimensions[module.input_nchw ? 3 : 2];
+    if (module.mean) height = width = {1, ""};
     for (const Stage& stage : module.stages) {
       const Window& w = stage.window;
       const MapSize out = output_size(stage, {height.value, width.value});

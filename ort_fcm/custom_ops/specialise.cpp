@@ -40,6 +40,7 @@ Spec make_spec(const Module& module, Type type) {
     else
       set_first(spec, stages[i]);
   }
+  spec.mean = module.mean, spec.pool = module.pool, spec.scaled = module.scaled;
   spec.residual = module.residual;
   spec.output_act = module.output_act;
   spec.input_nchw = module.input_nchw;

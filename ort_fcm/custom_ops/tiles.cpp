@@ -45,6 +45,10 @@ bool oversized(const Spec& spec) {
   constexpr int64_t kBound = 1 << 26;
   const Tile& t = spec.tile;
   const int64_t groups = chunk_groups(spec);
+  if (spec.mean) {
+    const int64_t depth = int64_t(spec.c_in) + spec.c_mid + 16, rows = int64_t(spec.c_mid) + spec.c_out + 64;
+    return depth * t.images > kBound / 8 || (t.resident && depth * rows > kBound);
+  }
   int64_t pixels = 0;
   if (spec.depthwise) {
     const int64_t height = halo_h(spec), pitch = int64_t(halo_w(spec)) + 1;
@@ -71,7 +75,12 @@ std::string misfit(const Spec& spec, const Limits& limits) {
 }
 
 // Tiles in order of preference. Large ones reuse more; the last needs the least shared memory there is.
-std::vector<Tile> ladder(const Spec& spec) {
+std::vector<Tile> ladder(const Spec& spec, const Limits& limits) {
+  if (spec.mean) {
+    Tile tile;
+    tile.chunk = group(spec.type), tile.warps_m = 8, tile.split = limits.clusters ? 8 : 1;
+    return {tile};
+  }
   struct Size {
     int h, w;
   };
@@ -112,7 +121,7 @@ Fitted fit_tile(Spec spec, const std::string& tile, const Limits& limits) {
     if (replaced.empty()) return {spec, ""};
   }
   std::string reason;
-  for (const Tile& candidate : ladder(spec)) {
+  for (const Tile& candidate : ladder(spec, limits)) {
     spec.tile = candidate;
     reason = misfit(spec, limits);
     if (reason.empty()) return {spec, replaced};

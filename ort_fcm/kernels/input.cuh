@@ -50,7 +50,37 @@ struct Input {
           v.r[i] = e;
       }
     }
+    if constexpr (S.scaled)
+      if (valid) v = scale<COUNT>(p, v, n, k);
     return KIND == Dense::none ? v : L::operand(v);  // a depthwise multiplies in full precision
+  }
+
+  // COUNT channels of image n from k on, times their factors.
+  template <int COUNT>
+  FCM_DEVICE static Vec scale(const Params& p, Vec v, int n, int k) {
+    if (k >= S.c_in) return v;
+    const char* from = (const char*)p.scale + ((long long)n * S.c_in + k) * L::kElement;
+    Vec factor{};
+    if constexpr (S.c_in % L::kLane) {
+      FCM_UNROLL
+      for (int i = 0; i < COUNT; ++i) {
+        if (k + i >= S.c_in) continue;
+        if constexpr (L::kHalf)
+          factor.r[i / 2] |= (u32)((const unsigned short*)from)[i] << i % 2 * 16;
+        else
+          factor.r[i] = ((const u32*)from)[i];
+      }
+    } else if constexpr (COUNT == L::kLane) {
+      factor = *(const Vec*)from;
+    } else {
+      const HalfVec h = *(const HalfVec*)from;
+      factor.r[0] = h.r[0], factor.r[1] = h.r[1];
+    }
+    FCM_UNROLL
+    for (int i = 0; i < 4; ++i)
+      v.r[i] =
+          L::kHalf ? half2_multiply(v.r[i], factor.r[i]) : float_bits(bits_float(v.r[i]) * bits_float(factor.r[i]));
+    return v;
   }
 
   // X under the halo region in shared memory, zero outside of X, where a dense convolution comes first: rows start at

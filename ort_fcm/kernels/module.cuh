@@ -5,8 +5,10 @@
 #pragma once
 
 #include "depthwise.cuh"
+#include "gate.cuh"
 #include "input.cuh"
 #include "output.cuh"
+#include "pool.cuh"
 #include "primitives.cuh"
 #include "spec.h"
 
@@ -68,6 +70,8 @@ struct Module {
   static constexpr bool kCopiesKept = kCopies <= 12;
   int copy_to[kCopiesKept ? kCopies : 1], copy_from[kCopiesKept ? kCopies : 1], copy_image0 = 0;
   Pixel sources[!kFirst && !S.depthwise ? P : 1][2];
+  static constexpr bool kScalesStream = kStreams && S.scaled;
+  int factors_of[kScalesStream ? P : 1][2];  // the images of this tile's fragments
 
   float sums[P][kWarpGroupsN][kBlocks8][4];
 
@@ -341,8 +345,7 @@ struct Module {
         const char* product = buffer + ((gi * kBlocks8 + j) * kFirstSteps + kg * 2) * 256;
         if constexpr (kKeepsWeights) {
           FCM_UNROLL
-          for (int m = 0; m < COUNT; ++m)
-            L::template multiply<kFirstSteps>(c[m][j], a[m][0], a[m][1], kept.weights[j]);
+          for (int m = 0; m < COUNT; ++m) L::template multiply<kFirstSteps>(c[m][j], a[m][0], a[m][1], kept.weights[j]);
         } else if (kFirstSteps % 2 && kg == kFirstSteps / 2) {
           const Vec b = L::template weights<1>(product);
           FCM_UNROLL
@@ -442,8 +445,8 @@ struct Module {
       const int row = min(first_row(i0 + m), kFirstRows - 64);  // what is beyond has no place to go
       FCM_UNROLL
       for (int s = 0; s < kFirstSteps; ++s)
-        wgmma<kFirstN>(&c[m][0][0][0], shared + kInputAt + (s / 2 * kFirstRows + row) * 64,
-                       buffer + s / 2 * kFragment, kFirstGroups * kFragment, s % 2);
+        wgmma<kFirstN>(&c[m][0][0][0], shared + kInputAt + (s / 2 * kFirstRows + row) * 64, buffer + s / 2 * kFragment,
+                       kFirstGroups * kFragment, s % 2);
     }
     wgmma_commit();
   }
@@ -575,6 +578,8 @@ struct Module {
             Out::store_vector(p, place.output_pixel(p, L::warp_m(), py, side),
                               (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane, d[py][side]);
         }
+        if constexpr (S.pool)
+          Pool<C>::store(p, place, d, (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane);
       } else if constexpr (kExchanges) {
         FCM_UNROLL
         for (int py = 0; py < P; ++py) {
@@ -596,6 +601,15 @@ struct Module {
         FCM_UNROLL
         for (int side = 0; side < 2; ++side)
           d[py][side] = *(const Vec*)(exchange_buffer(step) + exchange_offset(gi, py, side));
+      }
+      if constexpr (kScalesStream) {
+        const int k = (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane;
+        FCM_UNROLL
+        for (int py = 0; py < P; ++py) {
+          FCM_UNROLL
+          for (int side = 0; side < 2; ++side)
+            d[py][side] = In::template scale<L::kLane>(p, d[py][side], factors_of[py][side], k);
+        }
       }
       project(d, step, gi);
     }
@@ -680,6 +694,10 @@ struct Module {
       for (int ng = 0; ng < kWarpGroupsN; ++ng) FCM_UNROLL
       for (int j = 0; j < kBlocks8; ++j) FCM_UNROLL
       for (int i = 0; i < 4; ++i) sums[py][ng][j][i] = 0;
+    }
+    if constexpr (kScalesStream) {
+      FCM_UNROLL
+      for (int py = 0; py < P; ++py) factors_of[py][0] = sources[py][0].n, factors_of[py][1] = sources[py][1].n;
     }
     if constexpr (kWgmma && kAhead > 0) {
       copy_async_wait<0>();
@@ -779,8 +797,12 @@ struct Module {
 
 template <class C>
 FCM_DEVICE void run_module(const Params& p) {
-  Module<C> module(p);
-  module.run();
+  if constexpr (C::spec.mean) {
+    Gate<C>(p).run();
+  } else {
+    Module<C> module(p);
+    module.run();
+  }
 }
 
 }  // namespace fcm

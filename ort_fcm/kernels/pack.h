@@ -37,11 +37,30 @@ void pack_block(const Spec& s, const float* w, int outputs, int depth, int kg, i
     }
 }
 
+// A gate's weights: rows as Conv has them, padded to whole lanes and to a share for each block of a cluster.
+inline std::size_t packed_gate_bytes(const Spec& s, int outputs, int depth) {
+  return (std::size_t)s.tile.split * gate_weight_bytes(s, outputs, depth);
+}
+inline void pack_gate(const Spec& s, const float* w, int outputs, int depth, void* out) {
+  std::memset(out, 0, packed_gate_bytes(s, outputs, depth));
+  for (int row = 0; row < outputs; ++row)
+    for (int k = 0; k < depth; ++k) {
+      char* to = (char*)out + ((std::size_t)row * gate_depth(s, depth) + k) * element_bytes(s.type);
+      const float x = w[(std::size_t)row * depth + k];
+      if (s.type == Type::float16)
+        put_element(s, to, x);
+      else
+        std::memcpy(to, &x, 4);  // no tensor core here
+    }
+}
+
 inline std::size_t packed_first_bytes(const Spec& s) {
+  if (s.mean) return packed_gate_bytes(s, s.c_mid, s.c_in);
   return s.first == Dense::none ? 0 : (std::size_t)packed_groups(s) * first_group_bytes(s);
 }
 // w: [c_mid, depth], the weight as Conv has it.
 inline void pack_first(const Spec& s, const float* w, void* out) {
+  if (s.mean) return pack_gate(s, w, s.c_mid, s.c_in, out);
   const int g = group(s.type), lane = lane_channels(s.type), steps = first_steps(s), depth = first_depth(s);
   char* to = (char*)out;
   for (int mg = 0; mg < packed_groups(s); ++mg)
@@ -74,10 +93,12 @@ inline void pack_depthwise(const Spec& s, const float* w, void* out) {
 }
 
 inline std::size_t packed_project_bytes(const Spec& s) {
+  if (s.mean) return packed_gate_bytes(s, s.c_out, s.c_mid);
   return has_project(s) ? (std::size_t)packed_groups(s) * (padded_out(s) / 8) * kFragment : 0;
 }
 // w: [c_out, depth].
 inline void pack_project(const Spec& s, const float* w, void* out) {
+  if (s.mean) return pack_gate(s, w, s.c_out, s.c_mid, out);
   const int g = group(s.type), blocks = g / 8, depth = middle_channels(s);
   char* to = (char*)out;
   for (int kg = 0; kg < packed_groups(s); ++kg)

@@ -55,6 +55,9 @@ FCM_DEVICE char* shared_memory() {
 FCM_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
 FCM_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 
+// `x` of the lane whose number differs in the bits of `mask`; all lanes of the warp must be here.
+FCM_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
+
 // ---- Asynchronous copies to shared memory (plain ones before sm_80)
 
 // 16 bytes; zeros if not `valid`.
@@ -89,8 +92,8 @@ FCM_DEVICE void copy_async_wait() {
 #endif
 }
 
-// ---- Bulk copies (sm_90 and later): one thread asks, and all can wait at a barrier in shared memory. A barrier's turns
-// alternate between parity 0 and 1.
+// ---- Bulk copies (sm_90 and later): one thread asks, and all can wait at a barrier in shared memory. A barrier's
+// turns alternate between parity 0 and 1.
 
 #if __CUDA_ARCH__ >= 900
 constexpr bool kBulkCopies = true;
@@ -188,6 +191,11 @@ FCM_DEVICE float half2_high(u32 x) { return half_float((unsigned short)(x >> 16)
 FCM_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
   u32 d;
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+FCM_DEVICE u32 half2_multiply(u32 a, u32 b) {
+  u32 d;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
   return d;
 }
 // max(a * b + c, 0)
@@ -311,10 +319,13 @@ FCM_DEVICE void wgmma_wait(Sums& sums) {
 #define FCM_R128 FCM_R96 ",%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 #define FCM_R160 FCM_R128 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79"
 #define FCM_R192 FCM_R160 ",%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95"
-#define FCM_R256 FCM_R192 ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
-  ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define FCM_D8(i) \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FCM_R256                                                                     \
+  FCM_R192                                                                           \
+      ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
+      ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define FCM_D8(i)                                                                                             \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
+      "+f"(d[i + 7])
 #define FCM_D16 FCM_D8(0)
 #define FCM_D32 FCM_D16, FCM_D8(8)
 #define FCM_D48 FCM_D32, FCM_D8(16)
@@ -324,15 +335,15 @@ FCM_DEVICE void wgmma_wait(Sums& sums) {
 #define FCM_D160 FCM_D128, FCM_D8(64), FCM_D8(72)
 #define FCM_D192 FCM_D160, FCM_D8(80), FCM_D8(88)
 #define FCM_D256 FCM_D192, FCM_D8(96), FCM_D8(104), FCM_D8(112), FCM_D8(120)
-#define FCM_WGMMA_N(N, A, B)                                                                                    \
-  if constexpr (kN == N)                                                                                        \
-  asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N                       \
-               "k16.f32.f16.f16 {" FCM_R##N "}, %" #A ", %" #B ", p, 1, 1, 0, 0;}"                              \
-               : FCM_D##N                                                                                       \
+#define FCM_WGMMA_N(N, A, B)                                                                                           \
+  if constexpr (kN == N)                                                                                               \
+  asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" FCM_R##N \
+               "}, %" #A ", %" #B ", p, 1, 1, 0, 0;}"                                                                  \
+               : FCM_D##N                                                                                              \
                : "l"(row_blocks(a, 512) + 2 * half), "l"(row_blocks(b, stride) + 2 * half))
 
-// d[64 x N] += a * b: 16 of the 32 channels (`half` 0 or 1) of 64 rows at `a` and of N rows at `b`, whose row blocks are
-// `stride` bytes apart. Of four warps, warp i has rows 16 * i on, laid over its lanes like mma_half's results.
+// d[64 x N] += a * b: 16 of the 32 channels (`half` 0 or 1) of 64 rows at `a` and of N rows at `b`, whose row blocks
+// are `stride` bytes apart. Of four warps, warp i has rows 16 * i on, laid over its lanes like mma_half's results.
 template <int N>
 FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int half) {
   static_assert(N % 16 == 0, "rows come in pairs of row blocks");

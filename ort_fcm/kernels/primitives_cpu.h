@@ -85,7 +85,7 @@ struct Fiber {
   bool done;
   int thread;
   Block* block;
-  std::vector<std::vector<Copy>> copies;  // by commit; the last is still open
+  std::vector<std::vector<Copy>> copies;       // by commit; the last is still open
   std::vector<std::vector<Product>> products;  // likewise
   void* fake_stack;
 };
@@ -162,7 +162,8 @@ inline void run_grid(const Launch& l, unsigned seed, std::function<void()> kerne
         for (int t = 0; t < l.threads; ++t) {
           auto f = std::make_unique<Fiber>();
           f->stack = stacks.get() + kStack * all.size();
-          f->done = false, f->thread = t, f->block = block.get(), f->copies.resize(1), f->products.resize(1), f->fake_stack = nullptr;
+          f->done = false, f->thread = t, f->block = block.get(), f->copies.resize(1), f->products.resize(1),
+          f->fake_stack = nullptr;
           getcontext(&f->context);
           f->context.uc_stack.ss_sp = f->stack, f->context.uc_stack.ss_size = kStack, f->context.uc_link = nullptr;
           makecontext(&f->context, (void (*)())enter, 0);
@@ -243,6 +244,13 @@ inline void perform(const Copy& c) {
 }
 }  // namespace cpu
 
+FCM_DEVICE float shuffle_xor(float x, int mask) {
+  cpu::publish(float_bits(x), 0, 0, 0, 0, 0);
+  const float other = bits_float(cpu::warp().a[cpu::lane() ^ mask][0]);
+  cpu::pass(cpu::warp().gate);
+  return other;
+}
+
 FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
   cpu::self().copies.back().push_back({shared, global, 16, valid});
 }
@@ -295,6 +303,9 @@ FCM_DEVICE float half2_low(u32 x) { return half_to_float((std::uint16_t)(x & 0xf
 FCM_DEVICE float half2_high(u32 x) { return half_to_float((std::uint16_t)(x >> 16)); }
 FCM_DEVICE u32 half2_fma(u32 a, u32 b, u32 c) {
   return half2_pack(half2_low(a) * half2_low(b) + half2_low(c), half2_high(a) * half2_high(b) + half2_high(c));
+}
+FCM_DEVICE u32 half2_multiply(u32 a, u32 b) {
+  return half2_pack(half2_low(a) * half2_low(b), half2_high(a) * half2_high(b));
 }
 FCM_DEVICE u32 half2_pack_relu(float low, float high) { return half2_pack(std::fmax(low, 0.f), std::fmax(high, 0.f)); }
 FCM_DEVICE u32 half2_fma_relu(u32 a, u32 b, u32 c) {

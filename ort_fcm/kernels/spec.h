@@ -7,6 +7,10 @@
 //   depthwise  c_mid -> c_mid
 //   project    pointwise or dense convolution, c_mid -> c_out                (dense only when it stands alone)
 // A single pointwise or dense convolution is a `project`; then c_mid = c_in.
+//
+// The three parts of a squeeze-and-excite are options of modules: one that ends in a depthwise may write sums of its
+// output over the map besides (`pool`), a gate is two pointwises on the mean of X over its map (`mean`), and a module
+// that starts with a pointwise may multiply X by a factor for each image and channel (`scaled`).
 #pragma once
 
 namespace fcm {
@@ -67,6 +71,9 @@ struct Spec {
   bool residual = false;                         // Y = output_act(last_act(...) + R)
   Act output_act;                                // only with a residual
   bool input_nchw = false, output_nchw = false;  // X (or Y and R) is NCHW instead of NHWC
+  bool mean = false;                             // first and project run on the mean of X over height and width
+  bool pool = false;                             // also writes sums of Y over parts of the map
+  bool scaled = false;                           // X is multiplied by the factor of its image and channel
   Tile tile;
 };
 
@@ -85,6 +92,9 @@ struct Params {
   const float* depthwise_slope;
   const float* project_slope;
   int batch, in_h, in_w, mid_h, mid_w, out_h, out_w, tiles_x, tiles_y;
+  const void* scale;  // [batch, c_in]
+  void* pool;         // [batch, pool_rows, c_out], of which the mean over rows is the mean of Y over the map
+  int pool_rows;
 };
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -167,9 +177,7 @@ constexpr int first_rows(const Spec& s) {
 constexpr int first_tiles(const Spec& s) {
   return s.depthwise ? ceil_div(first_rows(s) / 16, warps(s)) : s.tile.patch_h;
 }
-constexpr bool first_in_registers(const Spec& s) {
-  return !s.tile.wgmma && first_tiles(s) * first_steps(s) * 4 <= 48;
-}
+constexpr bool first_in_registers(const Spec& s) { return !s.tile.wgmma && first_tiles(s) * first_steps(s) * 4 <= 48; }
 // Whether 16 bytes of X's channels can be loaded at once.
 constexpr bool vector_input(const Spec& s) { return !s.input_nchw && s.c_in % lane_channels(s.type) == 0; }
 // A lone pointwise whose input fragments are copied asynchronously.
@@ -254,7 +262,30 @@ constexpr int working_bytes(const Spec& s) {
 constexpr int reduction_at(const Spec& s) { return s.tile.resident ? working_bytes(s) : 0; }
 // Barriers of 8 bytes, one a stage, at which asynchronous copies of weights arrive.
 constexpr int arrivals_at(const Spec& s) { return max(working_bytes(s), reduction_at(s) + reduction_bytes(s)); }
-constexpr int shared_bytes(const Spec& s) { return arrivals_at(s) + 32; }
+// ---- Pool: a row of sums for every warp that has pixels of a tile
+
+constexpr int pool_warps(const Spec& s) { return ceil_div(patches(s), 8); }
+
+// ---- Gate (`mean`): a thread block has `images` images; the blocks of a cluster share the middle and the output
+// channels. Rows of weights are padded to whole lanes. With `resident`, weights lie in shared memory.
+
+constexpr int gate_depth(const Spec& s, int channels) { return round_up(channels, lane_channels(s.type)); }
+constexpr int gate_share(const Spec& s, int channels) { return round_up(ceil_div(channels, s.tile.split), 4); }
+constexpr int gate_items(const Spec& s) { return s.tile.images * gate_depth(s, s.c_in) / lane_channels(s.type); }
+// Threads that share the sum of one item, `lane_channels` channels of an image.
+constexpr int gate_slots(const Spec& s) { return max(1, threads(s) / gate_items(s)); }
+constexpr int gate_mean_bytes(const Spec& s) { return s.tile.images * gate_depth(s, s.c_in) * 4; }
+constexpr int gate_sums_bytes(const Spec& s) { return gate_slots(s) > 1 ? gate_slots(s) * gate_mean_bytes(s) : 0; }
+constexpr int gate_hidden_bytes(const Spec& s) { return s.tile.images * gate_depth(s, s.c_mid) * 4; }
+constexpr int gate_weight_bytes(const Spec& s, int outputs, int depth) {
+  return gate_share(s, outputs) * gate_depth(s, depth) * element_bytes(s.type);
+}
+constexpr int gate_bytes(const Spec& s) {
+  const int weights = gate_weight_bytes(s, s.c_mid, s.c_in) + gate_weight_bytes(s, s.c_out, s.c_mid);
+  return gate_mean_bytes(s) + gate_sums_bytes(s) + gate_hidden_bytes(s) + (s.tile.resident ? weights : 0);
+}
+
+constexpr int shared_bytes(const Spec& s) { return s.mean ? gate_bytes(s) : arrivals_at(s) + 32; }
 
 // ---- Launch
 
@@ -262,10 +293,11 @@ struct Launch {
   long long grid_x;  // tiles, then images
   int grid_y, grid_z, threads, cluster_z, shared_bytes;
   int mid_h, mid_w, out_h, out_w, tiles_x, tiles_y;
+  int pool_rows;
 };
 
-// Multiprocessors that clusters of `split` thread blocks reach at once: a cluster lies within one group of them, and the
-// groups of a chip are of uneven size (H200, measured: 30 clusters of 4, 14 of 8).
+// Multiprocessors that clusters of `split` thread blocks reach at once: a cluster lies within one group of them, and
+// the groups of a chip are of uneven size (H200, measured: 30 clusters of 4, 14 of 8).
 constexpr int cluster_sms(int sms, int split) {
   return split < 4 ? sms / split * split : split == 4 ? sms * 10 / 11 / 4 * 4 : sms * 6 / 7 / 8 * 8;
 }
@@ -274,6 +306,13 @@ constexpr int cluster_sms(int sms, int split) {
 // for. A side that the windows leave nothing of is 0.
 constexpr Launch launch(const Spec& s, long long batch, long long h, long long w, int sms = 0) {
   Launch l{};
+  if (s.mean) {
+    l.mid_h = l.mid_w = l.out_h = l.out_w = l.tiles_x = l.tiles_y = 1;
+    l.grid_x = (batch + s.tile.images - 1) / s.tile.images;
+    l.grid_y = 1, l.grid_z = l.cluster_z = s.tile.split;
+    l.threads = threads(s), l.shared_bytes = shared_bytes(s);
+    return l;
+  }
   const Window& f = s.first != Dense::none ? s.first_window : s.project_window;
   const bool dense_first = s.first != Dense::none;
   long long mid_h = h, mid_w = w;
@@ -299,6 +338,7 @@ constexpr Launch launch(const Spec& s, long long batch, long long h, long long w
     const long long blocks = max(1, cluster_sms(sms, s.tile.split) * s.tile.blocks / (blocks_n(s) * s.tile.split));
     l.grid_x = l.grid_x < blocks ? l.grid_x : blocks;
   }
+  l.pool_rows = s.pool ? l.tiles_x * l.tiles_y * pool_warps(s) : 0;
   l.grid_y = blocks_n(s), l.grid_z = l.cluster_z = s.tile.split;
   l.threads = threads(s), l.shared_bytes = shared_bytes(s);
   return l;
@@ -317,7 +357,24 @@ constexpr const char* illegal(const Spec& s) {
     return "a dense convolution must come first";
   if (s.first == Dense::none && s.c_mid != s.c_in) return "without a first stage the middle channels are the input's";
   if (!has_project(s) && s.c_mid != s.c_out) return "without a project the middle channels are the output's";
+  const bool pointwise_first =
+      s.first == Dense::pointwise || (s.first == Dense::none && !s.depthwise && s.project == Dense::pointwise);
+  if (s.scaled && (!pointwise_first || s.mean)) return "a factor of X needs a pointwise at the start";
+  if (s.pool && (!s.depthwise || has_project(s) || s.residual))
+    return "sums over the map need a depthwise at the end, and no residual";
   if (t.chunk <= 0 || t.chunk % group(s.type)) return "chunk must be a multiple of a group of channels";
+  if (s.mean) {
+    const Window& f = s.first_window;
+    if (s.first != Dense::pointwise || s.depthwise || s.project != Dense::pointwise || s.residual || f.stride_h != 1 ||
+        f.stride_w != 1)
+      return "behind a mean there are two pointwise convolutions";
+    if (t.warps_m < 1 || t.warps_n != 1 || warps(s) > 16) return "a gate has 1 to 16 warps";
+    if (t.images < 1 || t.images > 64) return "a gate has 1 to 64 images";
+    if (t.split != 1 && t.split != 2 && t.split != 4 && t.split != 8) return "split must be 1, 2, 4 or 8";
+    if (t.resident != 0 && t.resident != 1) return "resident must be 0 or 1";
+    if (t.blocks < 1 || t.blocks * threads(s) > 2048) return "blocks times threads must fit an SM";
+    return nullptr;
+  }
   if (t.patch_h < 1 || t.patch_h > 8) return "patch_h must be from 1 to 8";
   if (t.warps_m < 1 || t.warps_n < 1 || warps(s) > 16) return "a thread block has 1 to 16 warps";
   if (t.images < 1 || t.tile_h < 1 || t.tile_w < 1 || t.tile_h > 1024 || t.tile_w > 65536 || t.images > 64)
@@ -325,6 +382,7 @@ constexpr const char* illegal(const Spec& s) {
   if (s.depthwise && (t.tile_h % t.patch_h || t.tile_w % 2)) return "a tile must be made of whole patches";
   if (s.depthwise && 8 * t.warps_m < t.images * patches(s)) return "the warps do not cover the tile";
   if (!s.depthwise && t.images != 1) return "images needs a depthwise";
+  if (s.pool && t.images > 1 && patches(s) % 8) return "sums of several images need warps of one image each";
   if (t.block_n < 0 || t.block_n % group(s.type)) return "block_n must be a multiple of a group of channels";
   if (!has_project(s) && block_n(s) % t.chunk && blocks_n(s) > 1) return "block_n must be a multiple of chunk";
   if (!has_project(s) && t.warps_n != 1) return "warps_n needs a project";
@@ -335,6 +393,7 @@ constexpr const char* illegal(const Spec& s) {
   if (t.resident != 0 && t.resident != 1) return "resident must be 0 or 1";
   if (t.wgmma != 0 && t.wgmma != 1) return "wgmma must be 0 or 1";
   if (t.wgmma && s.type != Type::float16) return "wgmma needs float16";
+  if (t.wgmma && (s.scaled || s.mean)) return "wgmma reads X as it is";
   if (t.wgmma && (s.first == Dense::none || !s.depthwise) && s.project != Dense::pointwise)
     return "wgmma needs a pointwise in front of a depthwise, or a project";
   if (t.wgmma && (s.first == Dense::convolution || s.project == Dense::convolution)) return "wgmma needs pointwise";

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,14 @@ from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ort_fcm.rewrite.activation import HUGE, Activation
 from ort_fcm.rewrite.graph import Array, View, captured, label
-from ort_fcm.rewrite.layout import TO_NCHW, TO_NHWC, Step, choose, nhwc
+from ort_fcm.rewrite.layout import TO_NCHW, TO_NHWC, Step, choose, nhwc, to_first, to_last
 from ort_fcm.rewrite.match import Stage
 from ort_fcm.rewrite.plan import Segment
 from ort_fcm.rewrite.shuffle import channel_gather
 
 DOMAIN, OP, VERSION = "ort_fcm", "FusedConvModule", 1
 IR_VERSION = 10  # the first with function overloads
-PARAMETERS = ("X", "W1", "B1", "W2", "B2", "W3", "B3", "R", "S1", "S2", "S3")
+PARAMETERS = ("X", "W1", "B1", "W2", "B2", "W3", "B3", "R", "S1", "S2", "S3", "G")
 # ONNX Runtime 1.18 to 1.26 calls the last overload whatever the node says: let that one fail, by its name.
 GUARD = "Requires_ONNX_Runtime_1_27_or_newer"
 
@@ -37,9 +37,9 @@ class Functions:
     opset: int
     by_body: dict[bytes, FunctionProto] = field(default_factory=dict)
 
-    def overload(self, nodes: list[NodeProto], inputs: list[str], attributes: Iterable[str]) -> str:
+    def overload(self, nodes: list[NodeProto], inputs: list[str], outputs: list[str], attributes: Iterable[str]) -> str:
         function = helper.make_function(
-            DOMAIN, OP, inputs, ["Y"], nodes, [helper.make_opsetid("", self.opset)], sorted(attributes)
+            DOMAIN, OP, inputs, outputs, nodes, [helper.make_opsetid("", self.opset)], sorted(attributes)
         )
         key = function.SerializeToString(deterministic=True)
         if key not in self.by_body:
@@ -79,12 +79,15 @@ def emit(view: View, segments: list[Segment], functions: Functions, gpu: str) ->
     at = {view.producer[segment.stages[-1].output]: number for number, segment in enumerate(segments)}
     store = _Store(f"ort_fcm/{view.graph.name}/")
     steps = _steps(view, segments, at, store)
-    ways = choose(view, steps)
+    # Maps that one module pools for another.
+    ends = {view.name(last.output) for segment in segments if (last := segment.stages[-1]).poolable}
+    pooled = ends & {segment.stages[0].source for segment in segments if segment.stages[0].mean}
+    ways = choose(view, steps, pooled)
     nodes: list[NodeProto] = []
     names = [""] * len(segments)
     for i, step in enumerate(steps):
         if step.segment is not None:
-            nodes.append(_module(view, step, functions, store, gpu))
+            nodes.append(_module(view, step, functions, store, gpu, pooled))
             names[segments.index(step.segment)] = nodes[-1].name
         elif i in ways:
             nodes += ways[i].build(store.constant)
@@ -92,7 +95,7 @@ def emit(view: View, segments: list[Segment], functions: Functions, gpu: str) ->
             assert step.node is not None
             nodes.append(step.node)
     outputs = {value.name for value in view.graph.output}
-    nodes = _join_layouts(_without_identities(nodes, outputs), outputs)
+    nodes = _join_layouts(view, _without_identities(nodes, outputs), outputs)
     del view.graph.node[:]
     view.graph.node.extend(nodes)
     view.graph.initializer.extend(store.added.values())
@@ -107,8 +110,15 @@ def _steps(view: View, segments: list[Segment], at: dict[int, int], store: _Stor
     for index in reversed(range(len(view.nodes))):
         if index in at:
             segment = segments[at[index]]
-            needed |= {segment.stages[0].source, segment.stages[-1].residual}
-            steps.append(Step(segment=segment))
+            first = segment.stages[0]
+            needed |= {first.source, first.factors, segment.stages[-1].residual}
+            if first.repeats > 1:
+                node = _repeat(view, first, store)
+                stages = (replace(first, source=node.output[0]), *segment.stages[1:])
+                segments[at[index]] = segment = replace(segment, stages=stages)
+                steps += [Step(segment=segment), Step(node=node)]
+            else:
+                steps.append(Step(segment=segment))
         elif not needed.isdisjoint(view.nodes[index].output):
             node = NodeProto()
             if (moved := channel_gather(view, index)) is not None:
@@ -124,14 +134,34 @@ def _steps(view: View, segments: list[Segment], at: dict[int, int], store: _Stor
     return steps[::-1]
 
 
-def _module(view: View, step: Step, functions: Functions, store: _Store, gpu: str) -> NodeProto:
+def _repeat(view: View, stage: Stage, store: _Store) -> NodeProto:
+    """The node that repeats each channel of the stage's source, whose output the view then knows."""
+    channels = np.arange(stage.in_channels, dtype=np.int64) // stage.repeats
+    name, output = store.constant(channels, "channels"), f"{stage.output}/repeated"
+    view.initializers[name] = store.named(name)
+    node = helper.make_node("Gather", [stage.source, name], [output], name=output, axis=1)
+    shapes = view.shapes
+    shapes.types[output] = view.type(stage.source)
+    shapes.symbolic[output] = (*range(4),)
+    if (size := view.planned(stage.source)) is not None:
+        shapes.planned[output] = (size[0], stage.in_channels, *size[2:])
+    return node
+
+
+def _module(view: View, step: Step, functions: Functions, store: _Store, gpu: str, pooled: set[str]) -> NodeProto:
     segment = step.segment
     assert segment is not None
     stages, last = segment.stages, segment.stages[-1]
     half = view.type(stages[0].source) == TensorProto.FLOAT16
     dtype = np.dtype(np.float16 if half else np.float32)
     arguments = dict.fromkeys(PARAMETERS, "")
-    arguments["X"] = nhwc(stages[0].source) if step.last_in else stages[0].source
+    source, factors, last_in = stages[0].source, stages[0].factors, step.last_in
+    if stages[0].mean and source in pooled:
+        arguments["X"], last_in = _pool(source), True
+    else:
+        arguments["X"] = nhwc(source) if last_in else source
+    if factors:
+        arguments["G"] = nhwc(factors) if last_in else factors
     if last.residual:
         arguments["R"] = nhwc(last.residual) if step.last_out else last.residual
     for number, stage in enumerate(stages, 1):
@@ -144,18 +174,31 @@ def _module(view: View, step: Step, functions: Functions, store: _Store, gpu: st
     inputs = list(arguments.values())
     while not inputs[-1]:
         inputs.pop()
-    values = _attributes(segment, step.last_in, step.last_out, gpu)
+    values = _attributes(segment, last_in, step.last_out, gpu)
     used = {name for name, argument in arguments.items() if argument}
-    body = _body(stages, used, step.last_in, step.last_out, functions.opset, dtype)
-    overload = functions.overload(body, list(PARAMETERS[: len(inputs)]), values)
+    pools = last.poolable and view.name(last.output) in pooled
+    body = _body(stages, used, last_in, step.last_out, pools, functions.opset, dtype)
+    overload = functions.overload(body, list(PARAMETERS[: len(inputs)]), ["Y", "P"] if pools else ["Y"], values)
     name = f"{label(view.nodes[last.conv])}/{segment.kinds}"
-    output = nhwc(last.output) if step.last_out else last.output
-    return helper.make_node(OP, inputs, [output], name=name, domain=DOMAIN, overload=overload, **values)
+    outputs = [nhwc(last.output) if step.last_out else last.output] + [_pool(view.name(last.output))] * pools
+    return helper.make_node(OP, inputs, outputs, name=name, domain=DOMAIN, overload=overload, **values)
+
+
+def _pool(tensor: str) -> str:
+    """Sums over the map of a tensor, [N, rows, 1, C], as one module gives them to another."""
+    return f"{tensor}/pool"
 
 
 def _weights(view: View, stage: Stage, store: _Store, dtype: np.dtype[Any]) -> tuple[str, str]:
     """Names of weight and bias, with what folds into them."""
+    weight = view.constant(stage.weight)
+    assert weight is not None
+    grouped = stage.kind == "conv" and weight.shape[1] < stage.in_channels
+    if grouped:
+        weight = _dense(weight, stage.in_channels)
     if stage.scale is None and stage.shift is None:
+        if grouped:
+            return store.constant(weight, "weight"), stage.bias
         names = [stage.weight, stage.bias]
         for i, name in enumerate(names):
             # of one shared with other nodes, a copy: where ONNX Runtime casts it for these, it is constant no more
@@ -164,12 +207,22 @@ def _weights(view: View, stage: Stage, store: _Store, dtype: np.dtype[Any]) -> t
                 assert value is not None
                 names[i] = store.constant(value, "weight")
         return names[0], names[1]
-    weight = view.constant(stage.weight)
-    assert weight is not None and stage.scale is not None and stage.shift is not None
+    assert stage.scale is not None and stage.shift is not None
     bias = view.constant(stage.bias) if stage.bias else None
     shift = stage.shift + (0 if bias is None else bias.astype(np.float64) * stage.scale)
     scaled = weight.astype(np.float64) * stage.scale.reshape(-1, 1, 1, 1)
     return store.constant(scaled.astype(dtype), "weight"), store.constant(shift.astype(dtype), "bias")
+
+
+def _dense(weight: Array, channels: int) -> Array:
+    """The weight of a grouped convolution, [M, channels / groups, kH, kW], as that of one group: zeros elsewhere."""
+    outputs, each = weight.shape[:2]
+    groups = channels // each
+    result = np.zeros((outputs, channels, *weight.shape[2:]), weight.dtype)
+    for m in range(outputs):
+        first = m * groups // outputs * each
+        result[m, first : first + each] = weight[m]
+    return result
 
 
 def _attributes(segment: Segment, last_in: bool, last_out: bool, gpu: str) -> dict[str, Any]:
@@ -213,11 +266,20 @@ class _Body:
 
 
 def _body(
-    stages: tuple[Stage, ...], used: set[str], last_in: bool, last_out: bool, opset: int, dtype: np.dtype[Any]
+    stages: tuple[Stage, ...],
+    used: set[str],
+    last_in: bool,
+    last_out: bool,
+    pools: bool,
+    opset: int,
+    dtype: np.dtype[Any],
 ) -> list[NodeProto]:
-    """The module in plain ONNX, from PARAMETERS (those in `used`) to Y."""
+    """The module in plain ONNX, from PARAMETERS (those in `used`) to Y, and if it `pools` to P, of one row."""
     body = _Body(opset, dtype)
-    tensor = body.add("Transpose", "X", perm=TO_NCHW) if last_in else "X"
+    tensor = body.add("Mul", "X", "G") if "G" in used else "X"
+    tensor = body.add("Transpose", tensor, perm=TO_NCHW) if last_in else tensor
+    if stages[0].mean:
+        tensor = body.add("GlobalAveragePool", tensor)
     for number, stage in enumerate(stages, 1):
         bias = [f"B{number}"] if f"B{number}" in used else []
         tensor = body.add(
@@ -229,9 +291,14 @@ def _body(
         residual = body.add("Transpose", "R", perm=TO_NCHW) if last_out else "R"
         tensor = body.add("Add", tensor, residual)
         tensor = _activate(body, tensor, stages[-1].output_activation, "")
+    plain = tensor
     if last_out:
         tensor = body.add("Transpose", tensor, perm=TO_NHWC)
     body.nodes[-1].output[:] = ["Y"]
+    if pools:
+        mean = body.add("GlobalAveragePool", plain if last_out else "Y")
+        body.add("Transpose", mean, perm=TO_NHWC)
+        body.nodes[-1].output[:] = ["P"]
     return body.nodes
 
 
@@ -301,8 +368,14 @@ def _without_identities(nodes: list[NodeProto], outputs: set[str]) -> list[NodeP
     return kept
 
 
-def _join_layouts(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
+def _join_layouts(view: View, nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
     """Put a Transpose where a tensor is made in one layout and used in the other."""
+
+    def transpose(plain: str, last: bool) -> NodeProto:
+        source, name = (plain, nhwc(plain)) if last else (nhwc(plain), plain)
+        perm = (to_last if last else to_first)(view.rank(plain) or 4)
+        return helper.make_node("Transpose", [source], [name], name=f"{name}/transpose", perm=perm)
+
     made = {name for node in nodes for name in node.output}
     wanted = {name for node in nodes for name in [*node.input, *captured(node)]} | outputs
     first_input = {name for name in wanted if name.endswith(nhwc("")) and name not in made}
@@ -310,17 +383,15 @@ def _join_layouts(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
     for name in sorted(first_input):
         plain = name.removesuffix(nhwc(""))
         if plain not in made:  # a graph input
-            result.append(helper.make_node("Transpose", [plain], [name], name=f"{name}/transpose", perm=TO_NHWC))
+            result.append(transpose(plain, True))
     for node in nodes:
         result.append(node)
         for name in node.output:
             plain = name.removesuffix(nhwc(""))
             if plain != name and plain in wanted and plain not in made:
-                result.append(helper.make_node("Transpose", [name], [plain], name=f"{name}/transpose", perm=TO_NCHW))
+                result.append(transpose(plain, False))
             elif plain == name and nhwc(name) in first_input:
-                result.append(
-                    helper.make_node("Transpose", [name], [nhwc(name)], name=f"{nhwc(name)}/transpose", perm=TO_NHWC)
-                )
+                result.append(transpose(name, True))
     return result
 
 

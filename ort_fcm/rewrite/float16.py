@@ -14,6 +14,7 @@ from onnx import NodeProto, TensorProto, defs, helper, numpy_helper
 
 from ort_fcm.errors import FcmError
 from ort_fcm.rewrite.graph import View, captured
+from ort_fcm.rewrite.load import inline
 from ort_fcm.rewrite.match import channel_affine
 from ort_fcm.rewrite.shapes import infer
 
@@ -27,6 +28,8 @@ SUFFIX: dict[int, str] = {HALF: "/float16", FLOAT: "/float32"}
 
 def to_float16(model: onnx.ModelProto) -> onnx.ModelProto:
     """The converted model; `model` is changed too."""
+    if model.functions:
+        inline(model)
     graph = model.graph
     if any(node.op_type in ("DequantizeLinear", "QLinearConv") for node in graph.node):
         raise FcmError("a quantised network cannot be converted to float16: its convolutions are int8")

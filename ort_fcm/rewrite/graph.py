@@ -185,12 +185,20 @@ class View:
             if known is None or all(isinstance(dim, int) for dim in known):
                 continue
             size = self.size(node.input[0]) if node.input else None
-            if size is None or len(size) != len(known):
+            if size is None:
                 continue
-            same = all(self.size(other) == size or self.scalar(other) is not None for other in node.input)
             op = operator(node)
-            if op in UNARY or (op in BINARY and same):
+            derived: tuple[Hashable, ...] | None
+            if self.is_global_mean(node):
+                derived = (*size[:2], 1, 1)[: len(known)]
+            elif op in ("Reshape", "Unsqueeze") and len(size) == 2 and known[1:] == (size[1], 1, 1):
+                derived = (*size, 1, 1)
+            elif len(size) != len(known):
+                continue
+            elif op in UNARY:
                 derived = size
+            elif op in BINARY:
+                derived = self._broadcast(node)
             elif op in {"Conv", "FusedConv"} | POOLS and len(size) == 4:
                 channels = known[1] if op in ("Conv", "FusedConv") else size[1]
                 weight = self.size(node.input[1]) if len(node.input) > 1 else None
@@ -199,7 +207,31 @@ class View:
                 derived = (size[0], channels, *(_window(node, size[a], weight or (), a - 2) for a in (2, 3)))
             else:
                 continue
+            if derived is None:
+                continue
             self._sizes[name] = tuple(dim if isinstance(dim, int) else d for dim, d in zip(known, derived, strict=True))
+
+    def is_global_mean(self, node: NodeProto) -> bool:
+        """Whether the node is the mean over height and width of [N, C, H, W], with these axes kept or not."""
+        if operator(node) not in ("ReduceMean", "GlobalAveragePool") or self.rank(node.input[0]) != 4:
+            return False
+        axes = attributes(node).get("axes", [2, 3] if operator(node) == "GlobalAveragePool" else None)
+        if axes is None and len(node.input) > 1:
+            axes = self.constant(node.input[1])
+        return axes is not None and sorted(int(axis) % 4 for axis in axes) == [2, 3]
+
+    def _broadcast(self, node: NodeProto) -> tuple[Hashable, ...] | None:
+        """The size of an input that the others are broadcast to, if it is known that they are."""
+        sizes = [self.size(name) for name in node.input if self.scalar(name) is None]
+        for size in sizes:
+            if size and all(
+                other is not None
+                and len(other) == len(size)
+                and all(a in (b, 1) for a, b in zip(other, size, strict=True))
+                for other in sizes
+            ):
+                return size
+        return None
 
 
 def _does_nothing(node: NodeProto) -> bool:

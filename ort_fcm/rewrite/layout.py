@@ -8,6 +8,7 @@ A tensor whose producer and users disagree costs a Transpose. The cheapest choic
 between the two layouts.
 
 In `Step`s and here, a tensor's plain name is its [N, C, H, W] form (or whatever the model had), `nhwc(name)` the other.
+Maps whose pixels stand in a row, [N, C, L], as the heads of detectors have them, have two layouts as well.
 """
 
 from __future__ import annotations
@@ -22,7 +23,18 @@ from onnx import NodeProto, TensorProto, helper
 from ort_fcm.rewrite.graph import BINARY, UNARY, Array, View, attributes, captured
 from ort_fcm.rewrite.plan import Segment
 
-TO_NHWC, TO_NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
+
+def to_last(rank: int) -> list[int]:
+    """The permutation that moves channels from axis 1 to the end."""
+    return [0, *range(2, rank), 1]
+
+
+def to_first(rank: int) -> list[int]:
+    return [0, rank - 1, *range(1, rank - 1)]
+
+
+TO_NHWC, TO_NCHW = to_last(4), to_first(4)
+RANKS = (3, 4)  # of tensors that have two layouts: maps, and maps in a row, [N, C, L]
 NCHW_MODULE = 0.5  # of a Transpose: what a module pays for reading or writing [N, C, H, W] itself
 LAUNCH_BYTES = 4_000_000  # bytes that could be moved in the time of one launch
 FOREVER = 1 << 60
@@ -91,19 +103,25 @@ class _Cut:
                 self.capacity[b][a] += flow
 
 
-def choose(view: View, steps: list[Step]) -> dict[int, Flexible]:
-    """Set `last_in` and `last_out` of every step. Returns how those nodes run that do so channels-last."""
+def choose(view: View, steps: list[Step], pooled: set[str]) -> dict[int, Flexible]:
+    """Set `last_in` and `last_out` of every step. Returns how those nodes run that do so channels-last. pooled: maps
+    that a module on their mean does not read itself."""
     cut = _Cut()
     flexible: dict[int, Flexible] = {}
     ends: dict[str, list[object]] = defaultdict(list)  # variables (step number, end) and "NCHW", by tensor
     for i, step in enumerate(steps):
         if step.segment is not None:
             first, last = step.segment.stages[0], step.segment.stages[-1]
-            ends[first.source].append((i, "in"))
+            reads = not (first.mean and first.source in pooled)
+            if reads:
+                ends[first.source].append((i, "in"))
+            if first.factors:
+                ends[first.factors].append((i, "in"))
             ends[last.output].append((i, "out"))
             if last.residual:
                 ends[last.residual].append((i, "out"))
-            cut.edge("NHWC", (i, "in"), 0 if first.kind == "conv" else int(NCHW_MODULE * _cost(view, first.source)))
+            free = first.kind == "conv" or not reads
+            cut.edge("NHWC", (i, "in"), 0 if free else int(NCHW_MODULE * _cost(view, first.source)))
             cut.edge("NHWC", (i, "out"), int(NCHW_MODULE * _cost(view, last.output)))
             continue
         assert step.node is not None
@@ -141,7 +159,7 @@ def _cost(view: View, tensor: str) -> int:
 def channels_last(view: View, node: NodeProto) -> Flexible | None:
     if node.domain not in ("", "ai.onnx", "com.microsoft"):
         return None
-    for rule in (elementwise, concat, channel_axis, cut_out, resize, reduction, flatten, transpose, shape_of):
+    for rule in (elementwise, concat, channel_axis, cut_out, resize, reduction, in_a_row, flatten, transpose, shape_of):
         if (way := rule(view, node)) is not None:
             return way
     return None
@@ -160,15 +178,22 @@ def _changed(node: NodeProto, inputs: list[str], tensors: Iterable[str], **repla
     return result
 
 
+def _common_rank(view: View, names: Iterable[str]) -> int | None:
+    """The rank of all of these, if tensors of such a rank have two layouts."""
+    ranks = {view.rank(name) for name in names}
+    return next(iter(ranks)) if len(ranks) == 1 and ranks <= set(RANKS) else None
+
+
 def elementwise(view: View, node: NodeProto) -> Flexible | None:
     if node.op_type not in UNARY | BINARY or node.op_type in ("BatchNormalization", "Identity", "Dropout"):
         return None
     names = [view.name(name) if name else "" for name in node.input]
     tensors = [name for name in names if name and view.tensor(name) is None]
     outputs = [name for name in node.output if name]
-    if not tensors or any(view.rank(name) != 4 for name in [*tensors, *outputs]):
+    rank = _common_rank(view, [*tensors, *outputs])
+    if not tensors or rank is None:
         return None
-    if any(name and view.tensor(name) is not None and len(view.tensor(name).dims) > 4 for name in names):  # type: ignore[union-attr]
+    if any(name and view.tensor(name) is not None and len(view.tensor(name).dims) > rank for name in names):  # type: ignore[union-attr]
         return None
 
     def build(store: Callable[[Array], str]) -> list[NodeProto]:
@@ -176,7 +201,7 @@ def elementwise(view: View, node: NodeProto) -> Flexible | None:
         for name in names:
             value = view.constant(name) if name and name not in tensors else None
             if value is not None and value.size > 1:
-                name = store(value.reshape((1,) * (4 - value.ndim) + value.shape).transpose(TO_NHWC))
+                name = store(value.reshape((1,) * (rank - value.ndim) + value.shape).transpose(to_last(rank)))
             inputs.append(nhwc(name) if name in tensors else name)
         return [_changed(node, inputs, outputs)]
 
@@ -187,13 +212,31 @@ def concat(view: View, node: NodeProto) -> Flexible | None:
     if node.op_type != "Concat":
         return None
     names = [view.name(name) for name in node.input]
-    if any(view.rank(name) != 4 or view.tensor(name) is not None for name in [*names, node.output[0]]):
+    rank = _common_rank(view, [*names, node.output[0]])
+    if rank is None or any(view.tensor(name) is not None for name in names):
         return None
-    axis = TO_NHWC.index(attributes(node)["axis"] % 4)
+    axis = to_last(rank).index(attributes(node)["axis"] % rank)
     return Flexible(
         (*dict.fromkeys(names), node.output[0]),
         lambda store: [_changed(node, [nhwc(n) for n in names], node.output, axis=axis)],
     )
+
+
+def in_a_row(view: View, node: NodeProto) -> Flexible | None:
+    """Reshape of [N, C, H, W] to [N, C, H * W]."""
+    if node.op_type != "Reshape" or attributes(node).get("allowzero", 0):
+        return None
+    name, output = view.name(node.input[0]), node.output[0]
+    size, target = view.shapes.symbolic.get(name, ()), view.constant(node.input[1])
+    if target is None or len(target) != 3 or len(size) != 4 or view.tensor(name) is not None:
+        return None
+    batch, channels, pixels = (int(n) for n in target)
+    area = size[2] * size[3] if isinstance(size[2], int) and isinstance(size[3], int) else None
+    known = batch in (0, size[0]) or (batch == -1 and pixels == area)
+    if not known or channels not in (0, size[1]) or pixels not in (-1, area) or not isinstance(size[1], int):
+        return None
+    moved = np.array([batch, pixels, size[1]], np.int64)
+    return Flexible((name, output), lambda store: [_changed(node, [nhwc(name), store(moved)], [output])])
 
 
 def channel_axis(view: View, node: NodeProto) -> Flexible | None:
@@ -315,7 +358,7 @@ def transpose(view: View, node: NodeProto) -> Flexible | None:
     if node.op_type != "Transpose":
         return None
     perm, name, output = attributes(node).get("perm"), view.name(node.input[0]), node.output[0]
-    if perm == TO_NHWC:
+    if perm in (TO_NHWC, to_last(3)):
         return Flexible((name,), lambda store: [helper.make_node("Identity", [nhwc(name)], [output])], saves=True)
     if perm == TO_NCHW:
         return Flexible((output,), lambda store: [helper.make_node("Identity", [name], [nhwc(output)])], saves=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-from onnx import TensorProto, external_data_helper
+from onnx import TensorProto, external_data_helper, inliner
 
 from ort_fcm.errors import FcmError
 
@@ -114,6 +114,17 @@ def _load_external(tensor: TensorProto, model_path: Path) -> None:
         ) from None
     tensor.data_location = TensorProto.DEFAULT
     del tensor.external_data[:]
+
+
+def inline(model: onnx.ModelProto) -> None:
+    """Put the bodies of local functions where these are called. The weights, which may exceed a message, stay."""
+    weights = [tensor.raw_data for tensor in model.graph.initializer]
+    for tensor in model.graph.initializer:
+        tensor.ClearField("raw_data")
+    model.CopyFrom(inliner.inline_local_functions(model))
+    for tensor, data in zip(model.graph.initializer, weights, strict=True):
+        if data:
+            tensor.raw_data = data
 
 
 def check_writable(output: Path) -> None:

@@ -3,6 +3,9 @@
 A stage is a convolution that a kernel can compute, with everything that folds into it: a Pad in front, then
 BatchNormalization and constant per-channel factors and terms, its activation, and the Add of a residual. A convolution
 that is no stage has a reason instead.
+
+Of a squeeze-and-excite, the mean over the map folds into the two pointwise layers behind it (a gate), and the product
+with what they give into the pointwise that reads it.
 """
 
 from __future__ import annotations
@@ -49,10 +52,20 @@ class Stage:
     activation: Activation = NO_ACTIVATION
     residual: str = ""
     output_activation: Activation = NO_ACTIVATION
+    repeats: int = (
+        1  # of each channel of `source`: a depthwise with a channel multiplier, on channels repeated so often
+    )
+    mean: bool = False  # it reads the mean of its source over the map
+    factors: str = ""  # what its source is multiplied by, [N, C, 1, 1]
 
     @property
     def conv(self) -> int:
         return self.nodes[0]
+
+    @property
+    def poolable(self) -> bool:
+        """Whether a module that ends here can give the mean of its output over the map besides."""
+        return self.kind == "dw" and not self.residual
 
 
 def chains(view: View) -> tuple[list[list[Stage]], dict[int, str]]:
@@ -72,10 +85,17 @@ def chains(view: View) -> tuple[list[list[Stage]], dict[int, str]]:
         extended = with_residual(view, stages[index], taken)
         taken.update(extended.nodes)
         stages[index] = extended
+    for index, item in stages.items():
+        stages[index] = with_factors(view, item, taken)
     by_source: dict[str, list[Stage]] = {}
     for item in stages.values():
         by_source.setdefault(item.source, []).append(item)
     follower = {index: _follower(view, item, by_source) for index, item in stages.items()}
+    maps = {view.name(item.output) for item in stages.values() if item.poolable}
+    for index, item in stages.items():
+        after = follower[index]
+        if after and (gate := with_mean(view, item, after)) and gate.source in maps:
+            stages[index], follower[after.conv] = gate, None
     heads = set(stages) - {item.conv for item in follower.values() if item}
     result = []
     for index in sorted(heads):
@@ -123,9 +143,10 @@ def stage(view: View, index: int) -> Stage | str:
     kind = _kind(in_channels, out_channels, group, kernel, padded)
     if kind not in ("dw", "pw", "conv"):
         return kind
+    repeats = out_channels // in_channels if kind == "dw" else 1
     found = Stage(
-        kind, source, node.output[0], weight, bias, in_channels, out_channels, kernel, strides, dilations, padded,
-        (index, *pad_nodes),
+        kind, source, node.output[0], weight, bias, in_channels * repeats, out_channels, kernel, strides, dilations,
+        padded, (index, *pad_nodes), repeats=repeats,
     )  # fmt: skip
     if node.op_type == "FusedConv":
         return fused_conv(view, node, found)
@@ -135,16 +156,15 @@ def stage(view: View, index: int) -> Stage | str:
 
 
 def _kind(in_channels: int, out_channels: int, group: int, kernel: tuple[int, int], pads: Sequence[int]) -> str:
+    """The kind of stage, or why it is none. Over few channels, groups are cheap as a dense convolution with zeros."""
     if group == 1 and kernel == (1, 1) and not any(pads):
         return "pw"
-    if group > 1 and group == in_channels == out_channels:
+    if group > 1 and group == in_channels and (in_channels > STEM_CHANNELS or out_channels == in_channels):
         return "dw"
-    if group > 1 and group == in_channels:
-        return f"depthwise with a channel multiplier of {out_channels // group}"
-    if group > 1:
-        return f"grouped convolution ({group} groups of {in_channels // group} channels)"
     if in_channels <= STEM_CHANNELS:
         return "conv"
+    if group > 1:
+        return f"grouped convolution ({group} groups of {in_channels // group} channels)"
     size = f"{kernel[0]}x{kernel[1]}"
     return f"dense {size} convolution over {in_channels} channels, left to ONNX Runtime's own kernel"
 
@@ -278,10 +298,44 @@ def with_residual(view: View, found: Stage, taken: set[int]) -> Stage:
     )
 
 
+def with_factors(view: View, found: Stage, taken: set[int]) -> Stage:
+    """The pointwise stage with the product that it alone reads, of a map and a factor for each image and channel."""
+    index = view.producer.get(found.source)
+    if found.kind != "pw" or index is None or index in taken or operator(view.nodes[index]) != "Mul":
+        return found
+    size = view.size(found.source)
+    if size is None or len(size) != 4 or view.only_use(found.source) is None:
+        return found
+    names = [view.name(name) for name in view.nodes[index].input]
+    for source, factors in (names, names[::-1]):
+        same_type = view.type(source) == view.type(factors) != 0
+        constant = view.tensor(source) is not None or view.tensor(factors) is not None
+        if same_type and not constant and view.size(source) == size and view.size(factors) == (*size[:2], 1, 1):
+            return replace(found, source=source, factors=factors, nodes=(*found.nodes, index))
+    return found
+
+
+def with_mean(view: View, found: Stage, after: Stage) -> Stage | None:
+    """The first of two pointwise stages, with the mean over a depthwise's map that it alone reads."""
+    plain = all(item.kind == "pw" and item.strides == (1, 1) and not item.residual for item in (found, after))
+    if not plain or found.factors or after.factors:
+        return None
+    name, nodes = found.source, found.nodes
+    while (index := view.producer.get(name)) is not None and view.only_use(name) is not None:
+        node, size = view.nodes[index], view.size(name)
+        nodes, name = (*nodes, index), view.name(node.input[0])
+        if view.is_global_mean(node):
+            return replace(found, source=name, mean=True, nodes=nodes)
+        if operator(node) not in ("Reshape", "Unsqueeze") or size is None or len(size) != 4 or size[2:] != (1, 1):
+            return None
+    return None
+
+
 def _follower(view: View, item: Stage, by_source: dict[str, list[Stage]]) -> Stage | None:
     """The stage that alone uses the output of `item`."""
     output, after = view.name(item.output), by_source.get(view.name(item.output), [])
-    if item.residual or len(after) != 1 or view.is_output(output):
+    stop = item.residual or len(after) != 1 or view.is_output(output)
+    if stop or after[0].factors or after[0].repeats > 1:
         return None
     readers = {index for index, _ in view.uses(output)}
     pad = set(after[0].nodes) if len(readers) == 1 else set()

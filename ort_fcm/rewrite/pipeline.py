@@ -7,19 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
-from onnx import helper, inliner
+from onnx import helper
 
 from ort_fcm.compare import compare, session
 from ort_fcm.device import present_gpu
 from ort_fcm.errors import FcmError
 from ort_fcm.planner import Gpu, Plan, PlannerError
 from ort_fcm.planner import gpu as gpu_by_name
+from ort_fcm.rewrite.channels_last import move_transposes
 from ort_fcm.rewrite.emit import DOMAIN, IR_VERSION, OP, VERSION, Functions, emit
 from ort_fcm.rewrite.float16 import to_float16
 from ort_fcm.rewrite.graph import View, label
-from ort_fcm.rewrite.load import check_writable, load, save
+from ort_fcm.rewrite.load import check_writable, inline, load, save
 from ort_fcm.rewrite.match import CONVOLUTIONS, chains
-from ort_fcm.rewrite.plan import Planned
+from ort_fcm.rewrite.plan import Planned, read_plans
 from ort_fcm.rewrite.plan import plan as make_plan
 from ort_fcm.rewrite.report import CheckReport, ModuleReport, Report, Skipped
 from ort_fcm.rewrite.shapes import infer
@@ -47,7 +48,7 @@ def rewrite(
     batch: int | None = None,
     float16: bool = False,
     constants: bool = False,
-    plan: Sequence[Plan] = (),
+    plan: Sequence[Plan] | str | Path = (),
     check: bool = True,
     objective: str = "time",
     tune: bool = False,
@@ -59,16 +60,23 @@ def rewrite(
     gpu: the name of the GPU to plan for; by default the one present, or without one H200.
     batch: what a dynamic batch is planned for, 1 by default. float16: convert weights and what lies inside; graph
     inputs and outputs keep their type. constants: the caller's word that initializers which are also graph inputs are
-    never overridden; these inputs go. plan: plans to use for the chains of the same name. check: compare with the
-    original on the CPU. objective: "time" or "traffic", what the planner minimises. tune: choose by times measured on
-    the GPU present, in about `tune_seconds`; the result runs on other machines with such a GPU.
+    never overridden; these inputs go. plan: plans to use for the chains of the same name, or the file of
+    `ort-fcm plan --json`, perhaps edited; it says the GPU too. check: compare with the original on the CPU. objective:
+    "time" or "traffic", what the planner minimises. tune: choose by times measured on the GPU present, in about
+    `tune_seconds`; the result runs on other machines with such a GPU.
 
     FcmError, and nothing written, when the input is bad or the check fails.
     """
     path = Path(output) if output is not None else None
     if path is not None:
         check_writable(path)
+    given = read_plans(Path(plan)) if isinstance(plan, str | Path) else tuple(plan)
     target, is_default = (gpu_to_tune_for(gpu), False) if tune else choose_gpu(gpu)
+    for item in given:
+        if gpu is None and not tune:
+            target, is_default, gpu = item.gpu, False, item.gpu.name
+        if item.gpu != target:
+            raise FcmError(f"the plan of chain '{item.chain.name}' is for {item.gpu.name}, not {target.name}")
     if tune and objective != "time":
         raise FcmError(f"tuning measures time; it cannot minimise {objective}")
     original = load(model)
@@ -81,7 +89,7 @@ def rewrite(
         if float16:
             result = to_float16(result)
         tuner = Tuner(target, tune_seconds) if tune else None
-        plans = _rewrite(result, report, target, batch, plan, objective, tuner)
+        plans = _rewrite(result, report, target, batch, given, objective, tuner)
     except FcmError:
         raise
     except Exception:
@@ -143,13 +151,16 @@ def _rewrite(
     """Rewrite in place."""
     if any(node.domain == DOMAIN and node.op_type == OP for node in model.graph.node):
         raise FcmError("the model has been rewritten already: it contains FusedConvModule nodes")
-    called = onnx.ModelProto()
+    unchanged = onnx.ModelProto()
+    if model.functions or any(node.op_type == "Transpose" for node in model.graph.node):
+        unchanged.CopyFrom(model)
     if model.functions:
-        called.CopyFrom(model)
-        _inline(model)
+        inline(model)
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 1)
     overridable = {tensor.name for tensor in model.graph.initializer} & {value.name for value in model.graph.input}
     shapes = infer(model, batch)
+    if move_transposes(View(model.graph, shapes, opset, overridable)):
+        shapes = infer(model, batch)
     functions = Functions(opset)
     plans: list[Plan] = []
     for view in _views(model.graph, View(model.graph, shapes, opset, overridable)):
@@ -159,12 +170,14 @@ def _rewrite(
         reasons |= planned.reasons
         names = emit(view, planned.segments, functions, gpu.name) if planned.segments else []
         _add(report, view, planned, names, reasons)
+    if unknown := {item.chain.name for item in given} - {item.chain.name for item in plans}:
+        raise FcmError(f"there is a plan of chain '{min(unknown)}', which the model does not have")
     if report.modules:
         model.ir_version = max(model.ir_version, IR_VERSION)
         model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
         model.functions.extend(functions.protos())
-    elif called.functions:
-        model.CopyFrom(called)
+    elif unchanged.ir_version:
+        model.CopyFrom(unchanged)
     return tuple(plans)
 
 
@@ -174,17 +187,6 @@ def drop_overridable_inputs(graph: onnx.GraphProto) -> None:
     kept = [value for value in graph.input if value.name not in initializers]
     del graph.input[:]
     graph.input.extend(kept)
-
-
-def _inline(model: onnx.ModelProto) -> None:
-    """Put the bodies of local functions where these are called. The weights, which may exceed a message, stay."""
-    weights = [tensor.raw_data for tensor in model.graph.initializer]
-    for tensor in model.graph.initializer:
-        tensor.ClearField("raw_data")
-    model.CopyFrom(inliner.inline_local_functions(model))
-    for tensor, data in zip(model.graph.initializer, weights, strict=True):
-        if data:
-            tensor.raw_data = data
 
 
 def _views(graph: onnx.GraphProto, view: View) -> Iterator[View]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from onnx import TensorProto
 
@@ -34,7 +36,7 @@ class Segment:
 
     @property
     def kinds(self) -> str:
-        return "-".join(stage.kind for stage in self.stages)
+        return "-".join(["mean"] * self.stages[0].mean + [stage.kind for stage in self.stages])
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,23 @@ class Planned:
     traffic: tuple[int, int]
     dram: tuple[int, int]
     plans: list[Plan]
+
+
+def read_plans(path: Path) -> tuple[Plan, ...]:
+    """The plans of a file that `ort-fcm plan --json` wrote, perhaps edited. FcmError names the file and its fault."""
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise FcmError(f"cannot read {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise FcmError(f"{path} is not JSON: {error}") from None
+    plans = data.get("plans") if isinstance(data, dict) else None
+    if not isinstance(plans, list):
+        raise FcmError(f"{path} has no list 'plans': `ort-fcm plan --json` writes one")
+    try:
+        return tuple(Plan.from_dict(item) for item in plans)
+    except PlannerError as error:
+        raise FcmError(f"{path}: {error}") from None
 
 
 def plan(
@@ -63,7 +82,8 @@ def plan(
     plans: list[Plan] = []
     reasons: dict[int, str] = {}
     traffic_before = traffic_after = saved_by_l2 = 0
-    known = [_chain(view, stages) for stages in chains]
+    pooled = {stages[0].source for stages in chains if stages[0].mean}
+    known = [_chain(view, stages, pooled) for stages in chains]
     if tuner:
         tuner.tune([chain for chain in known if isinstance(chain, Chain) and chain.name not in given])
     for stages, chain in zip(chains, known, strict=True):
@@ -77,7 +97,9 @@ def plan(
                 result = tuner.plan(chain) if tuner else plan_chain(chain, gpu, objective, CAUTIOUS)
             result.check()
             if result.chain != chain:
-                raise FcmError(f"the plan of chain '{chain.name}' is for another chain of that name")
+                other = result.chain.batch if replace(result.chain, batch=chain.batch) == chain else None
+                what = f"batch {other}, not {chain.batch}" if other else "another chain of that name"
+                raise FcmError(f"the plan of chain '{chain.name}' is for {what}")
         except PlannerError as error:
             raise FcmError(str(error)) from None
         plans.append(result)
@@ -102,7 +124,8 @@ def plan(
     return Planned(segments, reasons, (traffic_before, traffic_after), dram, plans)
 
 
-def _chain(view: View, stages: Sequence[Stage]) -> Chain | str:
+def _chain(view: View, stages: Sequence[Stage], pooled: set[str]) -> Chain | str:
+    """pooled: the maps of which a gate takes the mean."""
     shape = view.planned(stages[0].source)
     dtype = DTYPES.get(view.type(stages[0].source))
     if shape is None or len(shape) != 4:
@@ -123,6 +146,9 @@ def _chain(view: View, stages: Sequence[Stage]) -> Chain | str:
             label(view.nodes[stage.conv]),
             len(stage.nodes),
             len(stage.activation.nodes) + len(stage.output_activation.nodes) + bool(stage.residual),
+            stage.poolable and view.name(stage.output) in pooled,
+            stage.mean,
+            bool(stage.factors),
         )
         for stage in stages
     )

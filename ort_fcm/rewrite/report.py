@@ -13,6 +13,11 @@ def without_names(reason: str) -> str:
     return re.sub(r"'[^']*' is", "it is", reason)
 
 
+def convolutions_of(stages: str) -> int:
+    """How many convolutions a module of these stages has."""
+    return len(stages.removeprefix("mean-").split("-"))
+
+
 @dataclass(frozen=True)
 class ModuleReport:
     """One module. nodes: the model's nodes that it replaces; traffic_bytes (between SMs and L2) and dram_bytes (from
@@ -67,11 +72,12 @@ class Report:
 
     @property
     def in_modules(self) -> int:
-        return sum(len(module.stages.split("-")) for module in self.modules)
+        return sum(convolutions_of(module.stages) for module in self.modules)
 
     @property
     def fused_convolutions(self) -> int:
-        return sum(len(module.stages.split("-")) for module in self.modules if "-" in module.stages)
+        counts = [convolutions_of(module.stages) for module in self.modules]
+        return sum(count for count in counts if count > 1)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `check` only when there was one."""

@@ -90,3 +90,16 @@ def test_structured_inputs_are_images() -> None:
     (x,) = bench.structured_inputs(bench.fix_shapes(mobilenetv2.build(size=96), 2), 3).values()
     step = np.abs(np.diff(x, axis=3)).mean() / x.std()
     assert step < 0.4 < np.abs(x[0] - x[1]).mean()
+
+
+def test_a_network_that_stock_itself_does_not_repeat_has_its_tolerance() -> None:
+    def passed(stock: float, rewritten: float) -> bool:
+        settings = (bench.Setting(False), bench.Setting(False, nhwc=True), bench.Setting(True))
+        timings = zip(settings, (0.0, stock, rewritten), strict=True)
+        return bench.Result(
+            "net", 1, "float16", tuple(bench.Timing(s, 1.0, 1.0, 1.0, difference=d) for s, d in timings)
+        ).passed
+
+    assert passed(0.0, 0.029) and not passed(0.0, 0.031)
+    assert passed(0.1, 0.149) and not passed(0.1, 0.151)
+    assert not passed(float("inf"), 0.31) and not passed(0.1, float("inf"))

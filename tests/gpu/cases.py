@@ -7,7 +7,9 @@ import numpy as np
 from benchmarks.case import Case, Stage
 from benchmarks.convolution import ACTIVATIONS
 
-CHAINS = ("dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw")
+CHAINS = (
+    "dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw", "mean-pw-pw",
+)  # fmt: skip
 
 
 def params_of(activation: str, rng: np.random.Generator) -> tuple[float, float]:
@@ -52,22 +54,26 @@ def _stage(kind: str, c_in: int, activation: str, rng: np.random.Generator, firs
 
 
 def random_case(chain: str, dtype: str, number: int, seed: int, tile: str = "") -> Case:
-    """The `number`-th case of a chain: numbers 0 to 11 put each activation behind each stage, and behind an Add."""
-    kinds = chain.split("-")
+    """The `number`-th case of a chain: numbers 0 to 11 put each activation behind each stage, and behind an Add. Odd
+    ones have factors of X or sums of Y, where they can."""
+    mean = chain.startswith("mean-")
+    kinds = chain.removeprefix("mean-").split("-")
     rng = np.random.default_rng([seed, number, CHAINS.index(chain), ("float16", "tf32", "float32").index(dtype)])
     while True:
         c_in = int(rng.integers(1, 5) if kinds[0] == "conv" and len(kinds) > 1 else rng.integers(1, 80))
         h, w = (int(v) for v in rng.integers(1, 24, 2))
         stages: list[Stage] = []
-        size, channels = (h, w), c_in
+        size, channels = ((1, 1) if mean else (h, w)), c_in
         for i, kind in enumerate(kinds):
-            stages.append(_stage(kind, channels, ACTIVATIONS[(number + 5 * i) % 12], rng, i == 0))
+            stages.append(_stage(kind, channels, ACTIVATIONS[(number + 5 * i) % 12], rng, i == 0 and not mean))
             size, channels = stages[-1].out_size(size), stages[-1].c_out
             if min(size) < 1:
                 break
         if min(size) >= 1:
             break
-    residual = bool(number % 3 == 2 or rng.random() < 0.2)
+    scaled = bool(kinds[0] == "pw" and not mean and number % 2)
+    pool = bool(kinds[-1] == "dw" and number % 2)
+    residual = bool(number % 3 == 2 or rng.random() < 0.2) and not (mean or pool)
     after = ACTIVATIONS[number % 12]
     after = "none" if after == "prelu" or not residual else after  # a slope belongs to a stage
     return Case(
@@ -83,4 +89,7 @@ def random_case(chain: str, dtype: str, number: int, seed: int, tile: str = "") 
         output_nchw=bool(rng.random() < 0.3),
         tile=tile,
         seed=seed,
+        mean=mean,
+        scaled=scaled,
+        pool=pool,
     )

@@ -10,7 +10,7 @@ ACTIVATIONS = (
 )  # in the order of `Activation` in spec.h
 PARAMETERS = {"clip": (-0.5, 1.5), "hardsigmoid": (0.2, 0.4), "leakyrelu": (0.1, 0.0)}
 TYPES = ("float16", "tf32", "float32")
-CHAINS = "dw pw conv dw-pw pw-dw conv-dw pw-pw conv-pw pw-dw-pw conv-dw-pw".split()
+CHAINS = "dw pw conv dw-pw pw-dw conv-dw pw-pw conv-pw pw-dw-pw conv-dw-pw mean-pw-pw".split()
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ def _window(kernel: int, stride: int, dilation: int, pads: tuple[int, int, int, 
 def draw(rng: random.Random, chain: str, type_: str, activation: str | None = None) -> Case:
     """A random module of `chain` (a value of the attribute `stages`) with a legal random tile, on a small odd map."""
     stages = chain.split("-")
+    if stages[0] == "mean":
+        return _gate(rng, type_, activation)
     group = 32 if type_ == "float16" else 16
     depthwise, last_dense = "dw" in stages, stages[-1] != "dw"
     fields: dict[str, str] = {"type": f"fcm::Type::{type_}", "depthwise": str(depthwise).lower()}
@@ -70,7 +72,10 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
         fields |= {"project": dense[last], "project_act": act()}
         fields["project_window"] = window(last) if len(stages) == 1 else _window(1, 1, 1, (0, 0, 0, 0))
     fields |= {"c_in": str(c_in), "c_mid": str(c_mid), "c_out": str(c_out)}
-    fields["residual"] = str(rng.random() < 0.4).lower()
+    pool = not last_dense and rng.random() < 0.5
+    fields["pool"] = str(pool).lower()
+    fields["scaled"] = str(stages[0] == "pw" and rng.random() < 0.5).lower()
+    fields["residual"] = str(not pool and rng.random() < 0.4).lower()
     fields["output_act"] = _act(rng.choice(("none", "relu")))
     fields["input_nchw"] = str(rng.random() < (0.8 if stages[0] == "conv" else 0.2)).lower()
     fields["output_nchw"] = str(rng.random() < 0.2).lower()
@@ -98,7 +103,7 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     if chain in ("pw", "dw-pw", "pw-dw", "pw-dw-pw") and type_ == "float16" and rng.random() < 0.6:
         tile["wgmma"], tile["warps_m"] = 1, 4 * -(-warps_m // 4)
         tile["chunk"] = min(chunk, 128)
-        fields |= {"input_nchw": "false", "c_in": str(-(-c_in // 8) * 8)}
+        fields |= {"input_nchw": "false", "scaled": "false", "c_in": str(-(-c_in // 8) * 8)}
         if not first:
             fields["c_mid"] = fields["c_in"]
         if warps_n == 2:  # both have whole groups
@@ -109,6 +114,19 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     if min(_out(fields, height, side=0), _out(fields, width, side=1)) < 1:  # the windows leave nothing
         return draw(rng, chain, type_, activation)
     return Case(tuple(fields.items()), batch, height, width)
+
+
+def _gate(rng: random.Random, type_: str, activation: str | None) -> Case:
+    """Two pointwise layers on the mean of X."""
+    fields = {"type": f"fcm::Type::{type_}", "mean": "true"}
+    for name in ("first", "project"):
+        fields |= {name: "fcm::Dense::pointwise", f"{name}_act": _act(activation or rng.choice(ACTIVATIONS))}
+    channels = {"c_in": (3, 16, 40, 75, 200), "c_mid": (1, 6, 12, 30, 70), "c_out": (5, 16, 40, 75, 200)}
+    fields |= {key: str(rng.choice(values)) for key, values in channels.items()}
+    fields["input_nchw"] = str(rng.random() < 0.2).lower()
+    tile = {"images": rng.choice((1, 1, 2, 3, 5)), "warps_m": rng.choice((1, 2, 4)), "split": rng.choice((1, 2, 4, 8))}
+    fields |= {f"tile.{key}": str(value) for key, value in {**tile, "resident": rng.choice((0, 1))}.items()}
+    return Case(tuple(fields.items()), rng.choice((1, 2, 6)), rng.randint(1, 9), rng.randint(1, 9))
 
 
 def _out(fields: dict[str, str], pixels: int, side: int) -> int:
@@ -122,8 +140,11 @@ def _out(fields: dict[str, str], pixels: int, side: int) -> int:
 
 
 def cases(seed: int, random_cases: int) -> list[Case]:
-    """Every chain in each type, every activation, and `random_cases` more."""
+    """Every chain, every activation, sums of Y, factors of X, and `random_cases` more."""
     rng = random.Random(seed)
     drawn = [draw(rng, chain, TYPES[(i + seed) % 3]) for i, chain in enumerate(CHAINS)]
     drawn += [draw(rng, "pw-dw-pw", "float16", activation) for activation in ACTIVATIONS]
+    for chain, field in (("pw-dw", "pool"), ("dw", "pool"), ("pw", "scaled"), ("pw-pw", "scaled")):
+        flagged = (draw(rng, chain, rng.choice(TYPES)) for _ in range(1000))
+        drawn.append(next(case for case in flagged if dict(case.fields)[field] == "true"))
     return drawn + [draw(rng, rng.choice(CHAINS), rng.choice(TYPES)) for _ in range(random_cases)]

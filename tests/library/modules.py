@@ -13,7 +13,9 @@ from onnx import helper, numpy_helper
 from ort_fcm.library import library_path
 
 Array = NDArray[Any]
-CHAINS = ("dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw")
+CHAINS = (
+    "dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw", "mean-pw-pw",
+)  # fmt: skip
 ACTIVATIONS = "none relu clip hardswish silu hardsigmoid sigmoid gelu gelu_tanh leakyrelu prelu tanh".split()
 
 
@@ -51,14 +53,17 @@ class Module:
     output_params: tuple[float, float] = (0.0, 0.0)
     nchw: tuple[bool, bool] = (False, False)  # input, output
     weights: dict[str, Array] = field(default_factory=dict)
+    mean: bool = False  # the stages run on the mean of X over its map
+    scaled: bool = False  # X is multiplied by factors G
+    pool: bool = False  # the second output as well
 
     @property
     def chain(self) -> str:
-        return "-".join(stage.kind for stage in self.stages)
+        return "-".join(["mean"] * self.mean + [stage.kind for stage in self.stages])
 
     @property
     def out_size(self) -> tuple[int, int]:
-        size = self.size
+        size = (1, 1) if self.mean else self.size
         for stage in self.stages:
             size = stage.out(size)
         return size
@@ -73,6 +78,10 @@ class Module:
     @property
     def y_shape(self) -> tuple[int, ...]:
         return self.shape(self.out_size, self.stages[-1].channels[1], self.nchw[1])
+
+    @property
+    def g_shape(self) -> tuple[int, ...]:
+        return self.shape((1, 1), self.stages[0].channels[0], self.nchw[0])
 
     def attributes(self) -> dict[str, object]:
         """The attributes of the node, as the design gives them."""
@@ -93,6 +102,7 @@ class Module:
     def description(self, type_name: str, tile: str = "") -> str:
         """The module in the words of `ort_fcm.library.kernel_source`."""
         lines = {**self.attributes(), "type": type_name, "tile": tile, "residual": int(self.residual)}
+        lines |= {"pool": int(self.pool), "scaled": int(self.scaled)}
         lines["channels"] = [self.stages[0].channels[0], *(s.channels[1] for s in self.stages)]
         return "\n".join(f"{k}={' '.join(map(str, v)) if isinstance(v, list) else v}" for k, v in lines.items())
 
@@ -125,12 +135,13 @@ def random_module(rng: np.random.Generator, chain: str, dtype: type[np.floating]
         return (0.15, 0.0) if activation == "leakyrelu" else (0.0, 0.0)
 
     size = int(rng.integers(5, 20)), int(rng.integers(5, 20))
-    stages, now, channels = [], size, int(rng.choice([1, 3, 5, 8, 16, 19]))
-    for kind in chain.split("-"):
+    mean = chain.startswith("mean-")
+    stages, now, channels = [], (1, 1) if mean else size, int(rng.choice([1, 3, 5, 8, 16, 19]))
+    for kind in chain.removeprefix("mean-").split("-"):
         c_out = channels if kind == "dw" else int(rng.choice([1, 3, 7, 8, 16, 24, 33, 40, 65]))
         stage = Stage(kind, (channels, c_out), activation=str(rng.choice(ACTIVATIONS)), bias=bool(rng.random() < 0.8))
         stage.params = params(stage.activation)
-        stage.strides = (1, 1) if kind == "pw" and stages else pair(1, 1, 2)
+        stage.strides = (1, 1) if kind == "pw" and (stages or mean) else pair(1, 1, 2)
         if kind != "pw":
             stage.kernel = pair(1, 2, 3, 5, 7)
             stage.dilations = pair(1, 1, 2)
@@ -141,7 +152,10 @@ def random_module(rng: np.random.Generator, chain: str, dtype: type[np.floating]
         now, channels = stage.out(now), c_out
     module = Module(stages, size, int(rng.integers(1, 4)), dtype)
     module.nchw = bool(rng.random() < 0.3), bool(rng.random() < 0.3)
-    module.residual = bool(rng.random() < 0.4)
+    module.mean, kinds = mean, [stage.kind for stage in stages]
+    module.scaled = bool(kinds[0] == "pw" and not mean and rng.random() < 0.5)
+    module.pool = bool(kinds[-1] == "dw" and rng.random() < 0.5)
+    module.residual = bool(rng.random() < 0.4) and not (mean or module.pool)
     if module.residual:
         module.output_activation = str(rng.choice([a for a in ACTIVATIONS if a != "prelu"]))
         module.output_params = params(module.output_activation)
@@ -152,6 +166,8 @@ def inputs(module: Module, rng: np.random.Generator) -> dict[str, Array]:
     feeds = {"X": rng.standard_normal(module.x_shape).astype(module.dtype)}
     if module.residual:
         feeds["R"] = rng.standard_normal(module.y_shape).astype(module.dtype)
+    if module.scaled:
+        feeds["G"] = rng.standard_normal(module.g_shape).astype(module.dtype)
     return feeds
 
 
@@ -165,9 +181,11 @@ def _model(module: Module, nodes: list[onnx.NodeProto], constants: dict[str, Arr
     values = [helper.make_tensor_value_info("X", element, dims(module.x_shape, module.nchw[0]))]
     if module.residual:
         values.append(helper.make_tensor_value_info("R", element, list(module.y_shape) if not dynamic else [None] * 4))
-    output = helper.make_tensor_value_info("Y", element, None)
+    if module.scaled:
+        values.append(helper.make_tensor_value_info("G", element, [None] * 4 if dynamic else list(module.g_shape)))
+    outputs = [helper.make_tensor_value_info(name, element, None) for name in (["Y", "P"] if module.pool else ["Y"])]
     tensors = [numpy_helper.from_array(value, name) for name, value in constants.items()]
-    graph = helper.make_graph(nodes, "module", values, [output], tensors)
+    graph = helper.make_graph(nodes, "module", values, outputs, tensors)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid("ort_fcm", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
@@ -179,6 +197,7 @@ def node_inputs(module: Module) -> list[str]:
         names += [name if name in module.weights else "" for name in (f"w{i}", f"b{i}")]
     names.append("R" if module.residual else "")
     names += [f"s{i}" if f"s{i}" in module.weights else "" for i in range(1, 4)]
+    names.append("G" if module.scaled else "")
     while not names[-1]:
         names.pop()
     return names
@@ -188,8 +207,9 @@ def fused_model(module: Module, dynamic: bool = False, **changes: Any) -> onnx.M
     """A model of one FusedConvModule node named "module0"; `changes` replace attributes, None removes one."""
     attributes = {k: v for k, v in {**module.attributes(), **changes}.items() if v is not None}
     node = helper.make_node(
-        "FusedConvModule", node_inputs(module), ["Y"], name="module0", domain="ort_fcm", **attributes
-    )
+        "FusedConvModule", node_inputs(module), ["Y", "P"] if module.pool else ["Y"], name="module0", domain="ort_fcm",
+        **attributes,
+    )  # fmt: skip
     return _model(module, [node], module.weights, dynamic)
 
 
@@ -218,9 +238,15 @@ def plain_model(module: Module, dynamic: bool = False) -> onnx.ModelProto:
     """The same computation in ONNX's own operators."""
     make = helper.make_node
     nodes, constants, now = [], dict(module.weights), "X"
+    if module.scaled:
+        nodes.append(make("Mul", ["X", "G"], ["scaled"]))
+        now = "scaled"
     if not module.nchw[0]:
-        nodes.append(make("Transpose", ["X"], ["x"], perm=[0, 3, 1, 2]))
+        nodes.append(make("Transpose", [now], ["x"], perm=[0, 3, 1, 2]))
         now = "x"
+    if module.mean:
+        nodes.append(make("GlobalAveragePool", [now], ["mean"]))
+        now = "mean"
     for i, stage in enumerate(module.stages, 1):
         names = [now, f"w{i}"] + ([f"b{i}"] if stage.bias else [])
         nodes.append(
@@ -253,6 +279,11 @@ def plain_model(module: Module, dynamic: bool = False) -> onnx.ModelProto:
         constants |= more
     perm = [0, 1, 2, 3] if module.nchw[1] else [0, 2, 3, 1]
     nodes.append(make("Transpose", [now], ["Y"], perm=perm))
+    if module.pool:
+        nodes += [
+            make("GlobalAveragePool", [now], ["pool"]),
+            make("Transpose", ["pool"], ["P"], perm=[0, 2, 3, 1]),
+        ]
     return _model(module, nodes, constants, dynamic)
 
 

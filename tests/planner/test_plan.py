@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from planner import GPUS, Chain, Gpu, Layer, Plan, PlannerError, Tile, candidates, gpu, plan_chain
 from planner.chain import ACTIVATIONS, STAGES
-from planner.cost import block_n, illegal, segment, touched_pixels
+from planner.cost import block_n, illegal, packed_bytes, segment, touched_bytes, touched_pixels
 
 SETTINGS = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 OBJECTIVES = st.sampled_from(["time", "traffic"])
@@ -90,7 +90,9 @@ def test_plan_is_whole_and_keeps_its_claims(chain: Chain, card: Gpu, objective: 
         assert tile.blocks * tile.threads * module.registers <= card.registers_per_sm
         assert 0 < tile.blocks * tile.threads / card.max_threads_per_sm <= module.occupancy <= 1
         assert module.recompute >= 1
-        assert module.traffic_bytes >= seg.compulsory_bytes == module.dram_bytes
+        padding = sum(packed_bytes(seg, tile)) - seg.element * seg.weight_elements
+        assert padding >= 0 and module.dram_bytes == seg.compulsory_bytes + padding
+        assert module.traffic_bytes >= seg.compulsory_bytes
     assert plan.traffic_after >= compulsory_bytes(chain)
     assert plan.traffic_before >= compulsory_bytes(chain)
     assert plan.time_after_us > 0
@@ -164,10 +166,12 @@ def test_traffic_is_what_thread_blocks_read_and_write(chain: Chain, card: Gpu, d
 
     tiles = -(-chain.batch // tile.images) * -(-out_h // tile.tile_h) * -(-out_w // tile.tile_w)
     cuts = -(-seg.padded_out // block_n(seg, tile))
-    weights = sum(part.weights * (cuts if project and part is not seg.project else 1) for part in seg.layers)
+    inner, outer = packed_bytes(seg, tile)
     if tile.resident:  # thread blocks fetch their weights once
         tiles = min(tiles, max(1, card.sms * tile.blocks // (cuts * tile.split)))
-    elements = tiles * weights
+    total = float(tiles * ((cuts if project else 1) * inner + outer))
+    vector = 16 // seg.element
+    x_bytes, y_bytes = seg.c_in * seg.element, seg.c_out * seg.element
     for image in range(0, chain.batch, tile.images):
         images = min(tile.images, chain.batch - image)
         for top in range(0, out_h, tile.tile_h):
@@ -175,11 +179,25 @@ def test_traffic_is_what_thread_blocks_read_and_write(chain: Chain, card: Gpu, d
                 read = images * pixels(0, top, tile.tile_h, out_h) * pixels(1, left, tile.tile_w, out_w)
                 written = images * min(tile.tile_h, out_h - top) * min(tile.tile_w, out_w - left)
                 if seg.first:  # every channel block, and every thread block of a cluster, needs all of X
-                    elements += read * seg.c_in * cuts * tile.split
+                    total += read * x_bytes * cuts * tile.split
                 else:
-                    elements += read * seg.c_in * (cuts if project else 1)
-                elements += written * seg.c_out * (2 if seg.residual else 1)
-    assert module.traffic_bytes == elements * seg.element
+                    copied = seg.c_in % vector == 0
+                    total += (
+                        read * (touched_bytes(seg.c_in, seg.element) if copied else x_bytes) * (cuts if project else 1)
+                    )
+                total += written * (touched_bytes(seg.c_out, seg.element) if seg.c_out % vector == 0 else y_bytes)
+                total += written * y_bytes * seg.residual
+    assert module.traffic_bytes == pytest.approx(total, rel=1e-9, abs=1)
+
+
+@given(st.integers(1, 300), st.sampled_from([2, 4]))
+def test_sectors_that_groups_touch(channels: int, element: int) -> None:
+    """Against every byte of 32 pixels written out: each group of each pixel is an access of its own."""
+    pixel, accesses = channels * element, []
+    for start in range(0, 32 * pixel, pixel):
+        for at in range(start, start + pixel, 64):
+            accesses.append({byte // 32 for byte in range(at, min(at + 64, start + pixel))})
+    assert touched_bytes(channels, element) == pytest.approx(sum(map(len, accesses)))  # 32 bytes each, of 32 pixels
 
 
 def block(batch: int = 1, dtype: str = "float16") -> Chain:

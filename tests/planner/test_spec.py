@@ -13,16 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner import GPUS, Chain, Gpu, Layer, Tile, candidates
-from planner.cost import Segment, estimate, illegal, segment, shared_bytes
+from planner.cost import Segment, estimate, illegal, packed_bytes, segment, shared_bytes
 
 KERNELS = Path(__file__).parents[2] / "ort_fcm" / "kernels"
 ACTIVATIONS = {"none": 0, "clip": 2, "prelu": 10}
 
-# Reads specs as integers, writes shared memory, thread blocks, and why a spec is illegal.
+# Reads specs as integers, writes shared memory, thread blocks, bytes of packed weights and biases, and why a spec is
+# illegal.
 PROGRAM = """
 #include <cstdio>
 #include <initializer_list>
-#include "spec.h"
+#include "pack.h"
 static int next() { int v; if (std::scanf("%d", &v) != 1) v = 0; return v; }
 static fcm::Window window() {
   fcm::Window w;
@@ -43,16 +44,23 @@ int main() {
     t.tile_h = next(), t.tile_w = next(), t.images = next(), t.patch_h = next(), t.chunk = next();
     t.warps_m = next(), t.warps_n = next(), t.block_n = next(), t.split = next(), t.blocks = next();
     t.resident = next(), t.wgmma = next();
+    s.mean = next(), s.pool = next(), s.scaled = next();
     const int batch = next(), height = next(), width = next(), sms = next();
     const char* why = fcm::illegal(s);
     const fcm::Launch l = why ? fcm::Launch{} : fcm::launch(s, batch, height, width, sms);
-    std::printf("%d %lld %s\\n", l.shared_bytes, l.grid_x * l.grid_y * l.grid_z, why ? why : "");
+    const auto vector = [&](bool there, bool project, const fcm::Act& act) {
+      return there ? fcm::padded_vector(s, project) * (act.kind == fcm::Activation::prelu ? 8 : 4) : 0;
+    };
+    const long long packed = why ? 0 : fcm::packed_first_bytes(s) + fcm::packed_depthwise_bytes(s) +
+        fcm::packed_project_bytes(s) + vector(s.first != fcm::Dense::none, false, s.first_act) +
+        vector(s.depthwise, false, s.depthwise_act) + vector(fcm::has_project(s), true, s.project_act);
+    std::printf("%d %lld %lld %s\\n", l.shared_bytes, l.grid_x * l.grid_y * l.grid_z, packed, why ? why : "");
     std::fflush(stdout);
   }
 }
 """
 
-Ask = Callable[[Segment, Tile, int], tuple[int, int, str]]
+Ask = Callable[[Segment, Tile, int], tuple[int, int, int, str]]
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +72,11 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     (folder / "ask.cc").write_text(PROGRAM)
     subprocess.run([compiler, "-std=c++17", f"-I{KERNELS}", "ask.cc", "-o", "ask"], cwd=folder, check=True)
 
-    def run(seg: Segment, tile: Tile, sms: int) -> tuple[int, int, str]:
+    def run(seg: Segment, tile: Tile, sms: int) -> tuple[int, int, int, str]:
         text = " ".join(str(int(value)) for value in [*numbers(seg, tile), sms])
         done = subprocess.run([folder / "ask"], input=text, capture_output=True, text=True, check=True)
-        shared, grid, *why = done.stdout.rstrip("\n").split(" ", 2)
-        return int(shared), int(grid), why[0] if why else ""
+        shared, grid, packed, *why = done.stdout.rstrip("\n").split(" ", 3)
+        return int(shared), int(grid), int(packed), why[0] if why else ""
 
     return run
 
@@ -85,13 +93,16 @@ def numbers(seg: Segment, tile: Tile) -> list[int]:
     if seg.project and not seg.first and not seg.depthwise:
         c_mid = seg.c_in
     head = [seg.dtype != "float16", kinds[0], seg.depthwise is not None, kinds[1], seg.c_in, c_mid, seg.c_out]
-    return [*head, seg.residual, *windows, *acts, *astuple(tile), seg.batch, seg.height, seg.width]
+    flags = [seg.mean, seg.pool, seg.scaled]
+    return [*head, seg.residual, *windows, *acts, *astuple(tile), *flags, seg.batch, seg.height, seg.width]
 
 
 @st.composite
 def segments(draw: st.DrawFn) -> Segment:
     stages = draw(st.sampled_from(["dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw",
-                                   "conv-dw-pw"]))  # fmt: skip
+                                   "conv-dw-pw", "mean-pw-pw"]))  # fmt: skip
+    mean, option = stages.startswith("mean-"), draw(st.booleans())
+    stages = stages.removeprefix("mean-")
     channels, layers = draw(st.integers(1, 300)), []
     for kind in stages.split("-"):
         kernel = 1 if kind == "pw" else draw(st.sampled_from([3, 5]))
@@ -99,7 +110,9 @@ def segments(draw: st.DrawFn) -> Segment:
         outputs = channels if kind == "dw" else draw(st.integers(1, 300))
         layers.append(
             Layer(kind, channels, outputs, (kernel, kernel), (step, step), pads=(kernel // 2,) * 4,
-                  activation=draw(st.sampled_from(list(ACTIVATIONS))))
+                  activation=draw(st.sampled_from(list(ACTIVATIONS))),
+                  pool=option and kind == "dw" and stages.endswith("dw"), mean=mean and not layers,
+                  scaled=option and stages.startswith("pw") and not mean and not layers)
         )  # fmt: skip
         channels = outputs
     chain = Chain(tuple(layers), draw(st.sampled_from([1, 16])), draw(st.integers(7, 60)), draw(st.integers(7, 60)),
@@ -126,10 +139,11 @@ def test_random_tiles_are_judged_alike(ask: Ask, seg: Segment, data: st.DataObje
     tile = data.draw(st.composite(random_tile)())
     if tile.images > 1:  # several images need the whole map: the planner's own rule
         tile = replace(tile, images=1)
-    shared, _, why = ask(seg, tile, 0)
+    shared, _, packed, why = ask(seg, tile, 0)
     assert bool(illegal(seg, tile)) == bool(why), (illegal(seg, tile), why)
     if not why:
         assert shared_bytes(seg, tile) == shared
+        assert sum(packed_bytes(seg, tile)) == packed
 
 
 @SETTINGS
@@ -141,4 +155,4 @@ def test_planned_tiles_are_true_to_the_kernels(ask: Ask, seg: Segment, card: Gpu
         return
     module = data.draw(st.sampled_from(found))
     cost = estimate(seg, module.tile, card)
-    assert cost and ask(seg, module.tile, card.sms) == (module.shared_bytes, cost.grid, "")
+    assert cost and ask(seg, module.tile, card.sms)[:2] == (module.shared_bytes, cost.grid)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,12 @@ def test_plans_can_be_given_back(seed: int) -> None:
     plans = [Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) for plan in first.plans]
     again = rewrite(model, gpu="H200", plan=plans)
     assert again.report.to_dict() == first.report.to_dict()
-    with pytest.raises(FcmError, match="is for another chain"):
+    with pytest.raises(FcmError, match="is for batch 1, not 4"):
         rewrite(model, gpu="H200", batch=4, plan=plans)
+    with pytest.raises(FcmError, match="is for H200, not T4"):
+        rewrite(model, gpu="T4", plan=plans)
+    with pytest.raises(FcmError, match="'elsewhere', which the model does not have"):
+        rewrite(model, plan=[replace(plan, chain=replace(plan.chain, name="elsewhere")) for plan in plans])
 
 
 @pytest.mark.parametrize("batch", ["n", 1])
@@ -218,6 +223,53 @@ def test_plan_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: 
     code, text, _ = command(capsys, "plan", tmp_path / "in.onnx", "--json", tmp_path / "plan.json")
     data = json.loads((tmp_path / "plan.json").read_text())
     assert code == 0 and "convolutions" in text and "check" not in data and data["convolutions"] == 3
+
+
+def test_a_plan_is_saved_edited_and_applied(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int) -> None:
+    """Edited: another tile for one module, and a module of several stages cut into single layers."""
+    source, out, file = tmp_path / "in.onnx", tmp_path / "out.onnx", tmp_path / "plan.json"
+    model = small(seed)
+    onnx.save(model, source)
+    assert command(capsys, "plan", source, "--gpu", "L4", "--batch", 2, "--json", file)[0] == 0
+    data = json.loads(file.read_text())
+    assert [m["tile"] for m in data["modules"]] == [m["tile"] for plan in data["plans"] for m in plan["modules"]]
+    code, text, _ = command(capsys, "rewrite", source, out, "--batch", 2, "--plan", file)
+    assert code == 0 and "Planned for L4" in text and "PASSED" in text
+    tile = "tile_h=2 tile_w=2 images=1 patch_h=1 chunk=16 warps_m=1 warps_n=1 block_n=0 split=1 blocks=1 resident=0"
+    before = 0
+    for plan in data["plans"]:
+        before += len(plan["modules"])
+        plan["gpu"] = "L4"
+        plan["modules"] = [
+            {**module, "first": i, "last": i, "tile": tile}
+            for module in plan["modules"]
+            for i in range(module["first"], module["last"] + 1)
+        ]
+    file.write_text(json.dumps(data))
+    code, text, _ = command(capsys, "rewrite", source, out, "--batch", 2, "--plan", file)
+    assert code == 0 and "PASSED" in text
+    nodes = [node for node in onnx.load(out).graph.node if node.domain == "ort_fcm"]
+    assert len(nodes) == sum(len(plan["modules"]) for plan in data["plans"]) > before
+    tiles = {a.s.decode() for node in nodes for a in node.attribute if a.name == "tile"}
+    assert tiles == {tile}
+    assert_same(model, onnx.load(out), seed)
+    out.unlink()
+    whole = data["plans"][0]["modules"]
+    for edit, words in (
+        ({"modules": whole[1:]}, "every layer must be in one module or skip"),
+        ({"modules": [{**whole[0], "tile": "chunk=17"}, *whole[1:]]}, "multiples of a group"),
+        ({"modules": [{**whole[0], "first": "x"}, *whole[1:]]}, "not a plan"),
+        ({"gpu": "Abacus"}, "unknown GPU"),
+    ):
+        file.write_text(json.dumps({"plans": [{**data["plans"][0], **edit}, *data["plans"][1:]]}))
+        code, _, err = command(capsys, "rewrite", source, out, "--batch", 2, "--plan", file)
+        assert code == 2 and words in err and str(file) in err and err.count("\n") == 1 and not out.exists()
+    for content, words in (("{", "is not JSON"), ("[]", "no list 'plans'"), ('{"plans": [1]}', "not a plan")):
+        file.write_text(content)
+        code, _, err = command(capsys, "rewrite", source, out, "--plan", file)
+        assert code == 2 and words in err and str(file) in err and err.count("\n") == 1 and not out.exists()
+    code, _, err = command(capsys, "rewrite", source, out, "--plan", tmp_path / "none.json")
+    assert code == 2 and "cannot read" in err
 
 
 def test_nothing_to_fuse_succeeds(tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int) -> None:

@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 
 from ort_fcm.library import library_path
 from ort_fcm.rewrite import pipeline
+from ort_fcm.rewrite.layout import TO_NCHW, TO_NHWC
 from tests.rewrite.conftest import greedy
 from tests.rewrite.networks import Net, assert_same, feeds, informative, run
 from tests.rewrite.test_patterns import ops
@@ -104,6 +105,25 @@ def test_local_function(fuse: Fuse, seed: int) -> None:
     assert_same(model, result.model, seed)
 
 
+def test_local_functions_in_float16(fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    x = net.input(1, 8, 9, 9)
+    weights = [net.const(net.rng.standard_normal(shape) / 3) for shape in ((8, 8, 1, 1), (8, 1, 3, 3))]
+    nodes = [
+        helper.make_node("Conv", ["x", "a"], ["y"]),
+        helper.make_node("Conv", ["y", "b"], ["z"], group=8, pads=[1, 1, 1, 1]),
+    ]
+    function = helper.make_function("mine", "Pair", ["x", "a", "b"], ["z"], nodes, [helper.make_opsetid("", 17)])
+    net.output(net.op("Pair", x, *weights, domain="mine"))
+    graph = helper.make_graph(net.nodes, "net", net.inputs, net.outputs, net.initializers)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
+    model = helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=[function])
+    result = fuse(model, float16=True)
+    assert ops(result.model) == {"FusedConvModule": 1, "Cast": 2}
+    assert {t.data_type for t in result.model.graph.initializer} == {TensorProto.FLOAT16}
+    assert_same(model, result.model, seed, 1e-2)
+
+
 def test_functions_in_functions_and_in_branches(fuse: Fuse, seed: int) -> None:
     """Every operator in a function of its own, a branch within a function, and a call within the branch."""
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("mine", 1)]
@@ -152,16 +172,19 @@ def test_a_model_of_functions_without_convolutions_is_left_as_it_is(fuse: Fuse, 
 ACTIVATIONS = ("none", "Relu", "HardSwish", "Sigmoid", "Tanh", "LeakyRelu", "Softsign")
 
 
+KINDS = ("dw", "pw", "dw", "pw", "stem", "bn", "add", "concat", "pool", "scale", "multiplier", "resize", "turned")
+
+
 @st.composite
 def networks(draw: st.DrawFn) -> onnx.ModelProto:
-    """Random graphs of convolutions, activations, Adds, Concats and pools, with branches and several outputs."""
+    """Random graphs of convolutions, activations and what stands between them, with branches and several outputs."""
     net = Net(dtype=np.float32, seed=draw(st.integers(0, 2**31)))
     batch = draw(st.sampled_from([1, 2, "n"]))
     tensors = [(net.input(batch, draw(st.integers(1, 9)), 9, 12), 1)]  # name, stride so far
     for _ in range(draw(st.integers(2, 10))):
         x, scale = draw(st.sampled_from(tensors[-3:]))
         channels = net.channels[x]
-        kind = draw(st.sampled_from(["dw", "pw", "dw", "pw", "stem", "bn", "add", "concat", "pool", "scale"]))
+        kind = draw(st.sampled_from(KINDS))
         stride = draw(st.sampled_from([1, 1, 2])) if scale == 1 else 1
         if kind == "dw":
             y = net.depthwise(x, draw(st.sampled_from([3, 5, (1, 3)])), strides=[stride] * 2, bias=draw(st.booleans()))
@@ -176,6 +199,15 @@ def networks(draw: st.DrawFn) -> onnx.ModelProto:
             other = draw(st.sampled_from(others))
             y, stride = net.op("Add", x, other) if kind == "add" else net.op("Concat", x, other, axis=1), 1
             net.channels[y] = channels + (net.channels[other] if kind == "concat" else 0)
+        elif kind == "multiplier":
+            y = net.conv(x, 2 * channels, 3, group=channels, strides=[stride] * 2)
+        elif kind == "resize":  # and back, so that it meets others
+            y, stride = net.op("Resize", x, "", net.const([1, 1, 2, 3], np.float32)), 1
+            y = net.depthwise(y, strides=[2, 3])
+        elif kind == "turned":
+            y = net.op("Add", net.op("Transpose", x, perm=TO_NHWC), net.const(net.rng.standard_normal(channels)))
+            y, stride = net.op("Transpose", y, perm=TO_NCHW), 1
+            net.channels[y] = channels
         elif kind == "scale":
             y, stride = net.op("Mul", x, net.op("Sigmoid", net.op("GlobalAveragePool", x))), 1
         else:

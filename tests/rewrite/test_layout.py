@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto
 
 from ort_fcm.rewrite.layout import TO_NCHW, TO_NHWC, _Cut
 from tests.rewrite.networks import Net, assert_same
@@ -49,6 +51,68 @@ def test_transposes_of_a_channels_last_network_cancel(fuse: Fuse, seed: int) -> 
     assert layouts(result.model) == ["NHWC NHWC", "NHWC NHWC"]
     assert ops(result.model) == {"FusedConvModule": 2, "LayerNormalization": 1}
     assert_same(model, result.model, seed)
+
+
+def wrapped(net: Net, x: str, out: int, kernel: int = 1, depthwise: bool = False, **options: Any) -> str:
+    """A convolution of a channels-last tensor between Transposes, and its bias behind these."""
+    inside = net.op("Transpose", x, perm=TO_NCHW)
+    group = net.channels[x] if depthwise else 1
+    y = net.op("Transpose", net.conv(inside, out, kernel, group=group, bias=False, **options), perm=TO_NHWC)
+    y = net.op("Add", y, net.const(net.rng.standard_normal(out)))
+    net.channels[y] = out
+    return str(y)
+
+
+@pytest.mark.parametrize("batch", [1, "n"])
+@pytest.mark.parametrize("opset", [10, 17, 18])
+def test_convolutions_each_between_transposes(opset: int, batch: int | str, fuse: Fuse, seed: int) -> None:
+    """As a channels-last framework's export has them before any optimisation: bias, activation, pad, Add outside."""
+    net = Net(seed=seed, opset=opset)
+
+    def six(y: str) -> str:
+        if opset < 11:
+            return str(net.op("Clip", y, min=0.0, max=6.0))
+        return str(net.op("Clip", y, net.const(0), net.const(6)))
+
+    def padded(y: str) -> str:
+        amounts = [0, 1, 0, 0, 0, 1, 2, 0]
+        return str(net.op("Pad", y, pads=amounts) if opset < 11 else net.op("Pad", y, net.const(amounts, np.int64)))
+
+    image = net.input(batch, 20, 20, 3)
+    net.channels[image] = 3
+    x = six(wrapped(net, image, 8, 3, pads=[0, 0, 0, 0], strides=[2, 2]))
+    net.channels[x] = 8
+    y = six(wrapped(net, x, 24))
+    y = net.op("PRelu", wrapped(net, y, 24, 3, True), net.const(net.rng.uniform(0, 1, (1, 1, 24))))
+    x = net.op("Add", wrapped(net, y, 8), x)
+    y = six(wrapped(net, padded(x), 8, 3, True, pads=[0, 0, 0, 0], strides=[2, 2]))
+    y = net.op("Concat", y, wrapped(net, x, 8, strides=[2, 2]), axis=3)
+    net.channels[y] = 16
+    y = net.op("Mul", y, net.op("Sigmoid", y))
+    y = wrapped(net, y, 8)
+    net.output(y)
+    mean = {"axes": [1, 2]} if opset < 18 else {}
+    means = [
+        net.op("ReduceMean", y, *([] if mean else [net.const([1, 2], np.int64)]), keepdims=k, **mean) for k in (0, 1)
+    ]
+    net.output(means[0], rank=2)
+    net.output(net.op("Softmax", means[1], axis=3))
+    model = net.model()
+    result = fuse(model)
+    found = [m["stages"] for m in modules(result.model)]
+    assert found == ["conv-pw", "dw-pw", "dw", "pw", "pw"] or found == ["conv", "pw-dw-pw", "dw", "pw", "pw"], found
+    assert modules(result.model)[1]["activations"].startswith(("prelu", "clip,prelu"))
+    assert {"Transpose", "Clip", "PRelu", "Pad", "Add"}.isdisjoint(ops(result.model)), ops(result.model)
+    assert_same(model, result.model, seed)
+
+
+def test_channels_last_nodes_without_a_module_stay(fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed, dtype=np.float64)
+    image = net.input(1, 9, 9, 4)
+    net.channels[image] = 4
+    net.output(net.op("Relu", wrapped(net, net.op("Relu", wrapped(net, image, 8)), 8)))
+    model = net.model()
+    assert fuse(model, check=False).model == model
 
 
 def between(net: Net, x: str, y: str) -> dict[str, Callable[[], list[str]]]:
@@ -149,6 +213,40 @@ def test_heads(name: str, fuse: Fuse, seed: int) -> None:
     assert_same(model, result.model, seed)
 
 
+@pytest.mark.parametrize("size, target", [
+    ((1, 8, 10, 12), [1, 9, -1]), ((2, 8, 10, 12), [-1, 9, 120]), (("n", 8, "h", "w"), [0, 9, -1]),
+    (("n", 8, "h", "w"), [0, 0, -1]),
+])  # fmt: skip
+@pytest.mark.parametrize("turned", [True, False])
+def test_heads_of_detectors(size: tuple[Any, ...], target: list[int], turned: bool, fuse: Fuse, seed: int) -> None:
+    """Maps of two sizes in one row of pixels, and that [N, L, C] or [N, C, L]."""
+    net = Net(seed=seed)
+    x = net.op("Relu", net.conv(net.input(*size), 8))
+    rows = []
+    for stride in (1, 2) if -1 in target[2:] else (1, 1):
+        y = net.conv(net.depthwise(x, strides=[stride] * 2), 9)
+        rows.append(net.op("Reshape", y, net.const(target, np.int64)))
+    row = net.op("Concat", *rows, axis=2)
+    row = net.op("Sigmoid", net.op("Mul", row, net.const(net.rng.standard_normal((9, 1)))))
+    net.output(net.op("Transpose", row, perm=[0, 2, 1]) if turned else row, rank=3)
+    model = net.model()
+    result = fuse(model)
+    assert all(item.endswith("NHWC") == turned for item in layouts(result.model)[1:])
+    assert "Transpose" not in ops(result.model)
+    assert_same(model, result.model, seed)
+
+
+@pytest.mark.parametrize("target", [[1, 18, -1], [1, -1, 9], [2, 9, -1]])
+def test_other_reshapes_of_maps_stay(target: list[int], fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    y = net.op("Reshape", net.conv(net.depthwise(net.input(1, 8, 6, 12)), 9), net.const(target, np.int64))
+    net.output(net.op("Transpose", y, perm=[0, 2, 1]), rank=3)
+    model = net.model()
+    result = fuse(model)
+    assert layouts(result.model) == ["NCHW NCHW"]
+    assert_same(model, result.model, seed)
+
+
 def test_flatten_of_a_map_stays(fuse: Fuse, seed: int) -> None:
     net = Net(seed=seed)
     net.output(net.op("Flatten", net.depthwise(net.conv(net.input("n", 8, 5, 5), 16))), rank=2)
@@ -217,11 +315,27 @@ def _by_parity(net: Net, x: str, batch: int) -> list[str]:
     return [net.op("Gather", halves, net.const(i, np.int64), axis=0) for i in (0, 1)]
 
 
+def _measured(net: Net, x: str, batch: int) -> list[str]:
+    """Every size taken from the tensor, as a trace with dynamic axes has it."""
+    shape = net.op("Shape", net.op("Softsign", x))
+    n, c, h, w = (net.op("Gather", shape, net.const(i, np.int64), axis=0) for i in range(4))
+    half = net.op("Div", net.op("Cast", c, to=TensorProto.FLOAT), net.const(2, np.float32))
+    half = net.op("Cast", net.op("Floor", half), to=TensorProto.INT64)
+
+    def together(*sizes: str) -> str:
+        return str(net.op("Concat", *(net.op("Unsqueeze", s, net.const([0], np.int64)) for s in sizes), axis=0))
+
+    first = net.op("Reshape", x, together(n, net.const(2, np.int64), half, h, w))
+    moved = net.op("Transpose", first, perm=[0, 2, 1, 3, 4])
+    return [net.op("Reshape", moved, together(n, net.const(-1, np.int64), h, w))]
+
+
 SHUFFLES: dict[str, Callable[[Net, str, int], list[str]]] = {
     "5-D": lambda net, x, n: [_reshapes(net, x, n, [n, 3, 4, 6, 6], [n, 12, 6, 6], perm=[0, 2, 1, 3, 4])],
     "any batch": lambda net, x, n: [_reshapes(net, x, n, [-1, 2, 6, 6, 6], [0, -1, 6, 6], perm=[0, 2, 1, 3, 4])],
     "flat map": lambda net, x, n: [_reshapes(net, x, n, [0, 2, 6, -1], [0, 12, 6, 6], perm=[0, 2, 1, 3])],
     "by parity": _by_parity,
+    "sizes taken": _measured,
 }
 
 
@@ -241,6 +355,37 @@ def test_channel_shuffles_stay_channels_last(name: str, batch: int | None, fuse:
     assert done["Gather"] == len(net.outputs) and not {"Reshape", "Transpose"} & set(done), done
     assert all(m["input_layout"] == "NHWC" for m in modules(result.model)[1:])
     assert_same(model, result.model, seed)
+
+
+@pytest.mark.parametrize("size", [("n", 8, "h", "w"), (2, 8, "h", 6), (None, 8, None, None)])
+def test_a_channel_shuffle_at_any_size(size: tuple[Any, ...], fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    x = net.op("Relu", net.depthwise(net.op("Relu", net.conv(net.input(*size), 12)), strides=[2, 2]))
+    (y,) = _measured(net, x, 0)
+    net.channels[y] = 12
+    net.output(net.depthwise(y))
+    model = net.model()
+    result = fuse(model)
+    assert ops(result.model) == {"FusedConvModule": 2, "Gather": 1}
+    assert layouts(result.model) == ["NCHW NHWC", "NHWC NCHW"]
+    assert_same(model, result.model, seed)
+
+
+def test_a_shuffle_by_another_tensors_sizes_stays(fuse: Fuse, seed: int) -> None:
+    """Which only may be those of the tensor that it moves."""
+    net = Net(seed=seed)
+    x = net.op("Relu", net.conv(net.input(1, 12, "h", "w"), 12))
+    other = net.op("Shape", net.input("a", "b", "c", "d", name="other"))
+    n, c, h, w = (net.op("Slice", other, net.const([i], np.int64), net.const([i + 1], np.int64)) for i in range(4))
+    sizes = net.op("Concat", n, net.const([2, -1], np.int64), h, w, axis=0)
+    moved = net.op("Transpose", net.op("Reshape", x, sizes), perm=[0, 2, 1, 3, 4])
+    y = net.op("Reshape", moved, net.op("Concat", n, c, h, w, axis=0))
+    net.channels[y] = 12
+    net.output(net.depthwise(y))
+    model = net.model()
+    result = fuse(model, check=False)
+    assert {"Reshape", "Transpose"} <= set(ops(result.model)) and ops(result.model)["Gather"] == 0
+    onnx.checker.check_model(result.model)
 
 
 def test_what_moves_more_than_channels_is_no_shuffle(fuse: Fuse, seed: int) -> None:

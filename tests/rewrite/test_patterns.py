@@ -235,6 +235,42 @@ def test_windows(window: dict[str, Any], fuse: Fuse, seed: int) -> None:
     assert_same(model, result.model, seed)
 
 
+@pytest.mark.parametrize("behind", ["module", "input"])
+@pytest.mark.parametrize("norm", [False, True])
+def test_depthwise_with_a_channel_multiplier(behind: str, norm: bool, fuse: Fuse, seed: int) -> None:
+    """It reads each channel several times: a Gather repeats them, in whatever layout its neighbours have."""
+    net = Net(seed=seed)
+    x = net.input("n", 8, "h", "w")
+    if behind == "module":
+        x = net.op("Relu", net.conv(x, 6))
+    y = net.conv(x, 3 * net.channels[x], 3, group=net.channels[x], strides=[2, 2])
+    y = net.op("HardSwish", net.batch_norm(y) if norm else y)
+    net.output(net.conv(y, 10), net.conv(x, 2 * net.channels[x], 5, group=net.channels[x]))
+    model = net.model()
+    result = fuse(model)
+    assert [m["stages"] for m in modules(result.model)] == ["pw", "dw-pw", "dw"][behind == "input" :]
+    assert ops(result.model)["Gather"] == 2
+    if behind == "module":
+        assert "Transpose" not in ops(result.model)
+    assert_same(model, result.model, seed)
+    assert_same(model, result.model, seed, library=str(library_path()))
+
+
+@pytest.mark.parametrize("channels, group, out", [(3, 3, 12), (4, 2, 8), (2, 2, 6), (4, 4, 8)])
+@pytest.mark.parametrize("norm", [False, True])
+def test_groups_of_few_channels_are_a_stem(
+    channels: int, group: int, out: int, norm: bool, fuse: Fuse, seed: int
+) -> None:
+    net = Net(seed=seed)
+    x = net.conv(net.input(1, channels, 16, 15), out, 3, group=group, strides=[2, 2], bias=norm)
+    net.output(net.depthwise(net.op("Relu", net.batch_norm(x) if norm else x)))
+    model = net.model()
+    result = fuse(model)
+    assert [m["stages"] for m in modules(result.model)] == ["conv-dw"]
+    assert_same(model, result.model, seed)
+    assert_same(model, result.model, seed, library=str(library_path()))
+
+
 def residual_net(order: str, swap: bool, seed: int, after: bool) -> onnx.ModelProto:
     net = Net(seed=seed)
     x = net.input("n", 8, "h", "w")
@@ -337,7 +373,6 @@ def test_identity_dropout_and_constant_nodes(fuse: Fuse, seed: int) -> None:
 
 
 @pytest.mark.parametrize("reason, build", [
-    ("channel multiplier of 2", lambda n, x: n.conv(x, 16, 3, group=8)),
     ("grouped convolution (2 groups of 4", lambda n, x: n.conv(x, 16, 3, group=2)),
     ("dense 3x3 convolution over 8 channels", lambda n, x: n.conv(x, 16, 3)),
     ("is computed by Mul", lambda n, x: n.op("Conv", x, n.op("Mul", x, n.const(2)), group=1)),

@@ -45,7 +45,8 @@ def test_trained(name: str) -> None:
     right(MODELS / name)
 
 
-@pytest.mark.parametrize("dtype, batch", [("float32", "1"), ("float16", "dynamic")])
+@pytest.mark.parametrize("batch", ["1", "dynamic"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_exported(name: str, dtype: str, batch: str, tmp_path: Path) -> None:
     command = [sys.executable, MODELS / "architectures.py", tmp_path, name, "--dtype", dtype, "--batch", batch]
