@@ -91,7 +91,7 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
         images = 1
     if images > 1:  # such a tile covers the map
         height, width = rng.randint(5, 8), rng.randint(5, 8)
-        tile_h, tile_w = patch_h * -(-9 // patch_h), 10
+        tile_h, tile_w = patch_h * -(-9 // patch_h), 16
     warps_m = -(-images * (tile_h // patch_h) * (tile_w // 2) // 8) if depthwise else rng.choice((1, 2))
     block_n = chunk if rng.random() < 0.3 else 0
     warp_groups = -(-(block_n or c_out) // (group * warps_n))
