@@ -38,12 +38,14 @@ class Priors:
     clocks_per_instruction: float = 1.27  # of one warp alone
     load_clocks: float = 2.01  # the same, of a vector from shared memory, beyond its instruction
     product_clocks: float = 16.7  # the same, of a tensor-core product
-    step_clocks: float = 890.0  # of a chunk step: its barrier, and the copies' latency that is not hidden
-    resident_step_clocks: float = 345.0  # the same, where weights are resident
+    step_clocks: float = 346.0  # of a chunk step: its barrier, and the copies' latency that is not hidden
+    warp_clocks: float = 61.7  # the same, for each warp of the thread block: the slowest keeps all waiting
+    resident_step_clocks: float = 80.7  # the same, where weights are resident
     block_clocks: float = 2430.0  # of a thread block: its first loads, its last stores
     stream_step_clocks: float = 757.0  # the same, of a lone pointwise: a product alone hides little of X's latency
     turn_clocks: float = 208.0  # of every tile of a resident thread block: what of that is not overlapped
-    split_clocks: float = 3290.0  # of a cluster: its barriers and the partial sums through distributed shared memory
+    split_clocks: float = 813.0  # of a cluster: its barriers and the partial sums through distributed shared memory
+    part_clocks: float = 603.0  # the same, for each of its thread blocks
     tail_rounds: float = 0.0865  # rounds lost where thread blocks do not all fit the GPU at once
     launch_us: float = 1.2  # of a kernel in a captured graph
     base_registers: int = 52  # addresses, counters, pipeline state
@@ -65,7 +67,7 @@ FITTED = (
     "overlap", "alone", "stream_overlap", "l2_bytes_per_clock", "copy_instructions", "weight_copy_instructions",
     "gather_instructions", "store_instructions", "spill",
     "clocks_per_instruction", "load_clocks", "product_clocks", "step_clocks", "resident_step_clocks", "block_clocks",
-    "stream_step_clocks", "turn_clocks", "split_clocks", "tail_rounds",
+    "stream_step_clocks", "turn_clocks", "split_clocks", "tail_rounds", "warp_clocks", "part_clocks",
 )  # fmt: skip
 
 # By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
@@ -667,10 +669,11 @@ def times(
         step += priors.stream_step_clocks
     else:
         step += priors.resident_step_clocks if keeps else priors.step_clocks
+    step += priors.warp_clocks * w.warps
     turn = w.steps * step + tile * priors.clocks_per_instruction + (priors.turn_clocks if keeps else 0)
     latency = priors.block_clocks + fetch * priors.clocks_per_instruction + w.turns * turn
     if w.split > 1:
-        latency += w.turns * priors.split_clocks
+        latency += w.turns * (priors.split_clocks + priors.part_clocks * w.split)
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps
     macs = 2048 if seg.element == 2 else 1024
     # What resident thread blocks fetch once is left out: more SMs fetch more of it, and are no slower.
