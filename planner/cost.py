@@ -24,32 +24,34 @@ class Priors:
 
     dram_share: float = 0.90  # of memory_gbps that a copy reaches: 4.3 of 4.8 TB/s
     l2_share: float = 1.0  # of l2_gbps, itself an estimate of what is reached
-    l2_bytes_per_clock: float = 23.14  # L2 bytes that one SM takes in a clock
-    weight_traffic: float = 0.007416  # of the time of L2's other bytes that weights take: many SMs ask for the same
+    l2_bytes_per_clock: float = 21.25  # L2 bytes that one SM takes in a clock
+    weight_traffic: float = 0.003969  # of the time of L2's other bytes that weights take: many SMs ask for the same
     tensor_share: float = 1.0  # of the rate of mma.sync
     plain_share: float = 0.65  # of an SM's multiply-adds that products reach where there are no tensor cores
-    overlap: float = 1.521  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
-    alone: float = 0.004958  # of that norm lost where an SM holds one thread block, half of it where it holds two
-    stream_overlap: float = 1.341  # the norm of a lone pointwise, which computes little while it waits
-    copy_instructions: float = 0.3064  # a warp's 512 bytes of asynchronous copies of X: addresses, predicates, waits
+    overlap: float = 1.663  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
+    alone: float = 0.001188  # of that norm lost where an SM holds one thread block, half of it where it holds two
+    stream_overlap: float = 1.432  # the norm of a lone pointwise, which computes little while it waits
+    copy_instructions: float = 0.08363  # a warp's 512 bytes of asynchronous copies of X: addresses, predicates, waits
     weight_copy_instructions: float = 26.8  # the same, of weights, before sm_90
-    bulk_copy_instructions: float = 0.0595  # the same, where one thread asks for all of a chunk's
-    gather_instructions: float = 218.8  # a 16-pixel tile of `first`: its places, and loading its input
-    store_instructions: float = 14.81  # a register of the output: bias, address, store
+    bulk_copy_instructions: float = 0.02107  # the same, where one thread asks for all of a chunk's
+    gather_instructions: float = 217  # a 16-pixel tile of `first`: its places, and loading its input
+    store_instructions: float = 14.13  # a register of the output: bias, address, store
     spill: float = 0.123  # more instructions where `blocks` takes 16 registers from a thread; grows as the square
-    clocks_per_instruction: float = 2.746  # of one warp alone
-    load_clocks: float = 0.2019  # the same, of a vector from shared memory, beyond its instruction
-    product_clocks: float = 21.12  # the same, of a tensor-core product
-    wgmma_clocks: float = 0.9438  # the same, of 8 channels of a product of 64 pixels
-    operand_share: float = 1.465  # of the time of a shared memory access that an operand of wgmma takes
-    step_clocks: float = 658.5  # of a chunk step: its barrier, and the copies' latency that is not hidden
-    resident_step_clocks: float = 46.81  # the same, where weights are resident
-    block_clocks: float = 1607  # of a thread block: its first loads, its last stores
-    stream_step_clocks: float = 122.7  # the same, of a lone pointwise: a product alone hides little of X's latency
-    resident_stream_step_clocks: float = 599.3  # and with resident weights, whose copies are two steps ahead at most
-    turn_clocks: float = 3.979  # of every tile of a resident thread block: what of that is not overlapped
-    split_clocks: float = 1859  # of a cluster: its barriers and the partial sums through distributed shared memory
-    tail_rounds: float = 0.1587  # rounds lost where thread blocks do not all fit the GPU at once
+    clocks_per_instruction: float = 3.128  # of one warp alone
+    load_clocks: float = 0.0658  # the same, of a vector from shared memory, beyond its instruction
+    product_clocks: float = 20.9  # the same, of a tensor-core product
+    wgmma_clocks: float = 1.122  # the same, of 8 channels of a product of 64 pixels
+    operand_share: float = 1.019  # of the time of a shared memory access that an operand of wgmma takes
+    step_clocks: float = 722.8  # of a chunk step: its barrier, and the copies' latency that is not hidden
+    warp_clocks: float = 83.72  # the same, for each warp of the thread block: the slowest keeps all waiting
+    resident_step_clocks: float = 6.447  # the same, where weights are resident
+    block_clocks: float = 1302  # of a thread block: its first loads, its last stores
+    stream_step_clocks: float = 8.919  # the same, of a lone pointwise: a product alone hides little of X's latency
+    resident_stream_step_clocks: float = 540.3  # and with resident weights, whose copies are two steps ahead at most
+    turn_clocks: float = 1.281  # of every tile of a resident thread block: what of that is not overlapped
+    split_clocks: float = 523.1  # of a cluster: its barriers and the partial sums through distributed shared memory
+    part_clocks: float = 184  # the same, for each of its thread blocks
+    tail_rounds: float = 0.1604  # rounds lost where thread blocks do not all fit the GPU at once
     launch_us: float = 1.2  # of a kernel in a captured graph
     base_registers: int = 52  # addresses, counters, pipeline state
     resident_registers: int = 24  # of a thread with resident weights: the next tile's places
@@ -69,8 +71,9 @@ PRIORS = Priors()
 FITTED = (
     "overlap", "alone", "stream_overlap", "l2_bytes_per_clock", "weight_traffic", "copy_instructions",
     "bulk_copy_instructions", "gather_instructions", "store_instructions", "spill", "clocks_per_instruction",
-    "load_clocks", "product_clocks", "wgmma_clocks", "operand_share", "step_clocks", "resident_step_clocks",
-    "block_clocks", "stream_step_clocks", "resident_stream_step_clocks", "turn_clocks", "split_clocks", "tail_rounds",
+    "load_clocks", "product_clocks", "wgmma_clocks", "operand_share", "step_clocks", "warp_clocks",
+    "resident_step_clocks", "block_clocks", "stream_step_clocks", "resident_stream_step_clocks", "turn_clocks",
+    "split_clocks", "part_clocks", "tail_rounds",
 )  # fmt: skip
 
 # By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
@@ -480,7 +483,7 @@ def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
     if seg.depthwise:
         pixels = 6 * max(seg.depthwise.stride)
         if not seg.project:  # stores follow at once, and the next pixels' loads before them
-            pixels = max(pixels, 12)
+            pixels = max(pixels, 12) + (12 * max(seg.depthwise.stride) if seg.depthwise.taps > 9 else 0)
         depthwise = 4 * min(seg.depthwise.taps, 9) + pixels * tile.patch_h + 4
         if not seg.first and not tile.resident and seg.middle_groups <= tile.chunk // seg.group:
             # One chunk: sums begin when it has ended.
@@ -727,10 +730,11 @@ def times(
         step += priors.resident_stream_step_clocks if keeps else priors.stream_step_clocks
     else:
         step += priors.resident_step_clocks if keeps else priors.step_clocks
+    step += priors.warp_clocks * w.warps
     turn = w.steps * step + tile * priors.clocks_per_instruction + (priors.turn_clocks if keeps else 0)
     latency = priors.block_clocks + fetch * priors.clocks_per_instruction + w.turns * turn
     if w.split > 1:
-        latency += w.turns * priors.split_clocks
+        latency += w.turns * (priors.split_clocks + priors.part_clocks * w.split)
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps
     macs = 2048 if seg.element == 2 else 1024
     # What resident thread blocks fetch once is left out: more SMs fetch more of it, and are no slower.

@@ -53,7 +53,18 @@ def chains(draw: st.DrawFn, longest: int = 4, stages: tuple[str, ...] = ()) -> C
             height, width = 2 * height, 2 * width
 
 
-gpus = st.sampled_from(list(GPUS.values()))
+@st.composite
+def unknown_gpus(draw: st.DrawFn) -> Gpu:
+    """Of a known compute capability, with figures that no maker has put together."""
+    known, factor = draw(st.sampled_from(list(GPUS.values()))), st.sampled_from([0.25, 0.5, 1, 3])
+    scaled = ("clock_mhz", "memory_gbps", "l2_gbps", "tensor_fp16_tflops", "tensor_tf32_tflops", "fp32_tflops")
+    return replace(
+        known, name="unknown", sms=draw(st.integers(1, 200)), l2_bytes=2 ** draw(st.integers(18, 27)),
+        **{figure: getattr(known, figure) * draw(factor) for figure in scaled},
+    )  # fmt: skip
+
+
+gpus = st.one_of(st.sampled_from(list(GPUS.values())), unknown_gpus())
 
 
 def compulsory_bytes(chain: Chain) -> int:

@@ -126,10 +126,16 @@ def test_no_size_enters_a_kernel(fuse: Fuse, seed: int) -> None:
 
 @pytest.mark.skipif(not MODELS.is_dir(), reason="ORT_FCM_MODELS names no directory of real networks")
 def test_a_text_detector_at_the_sizes_it_accepts(seed: int) -> None:
-    """Only some sizes survive its five halvings and doublings: those are asked of the original."""
-    path = MODELS / "ppocrv3_det.onnx"
-    ours = session(pipeline.rewrite(path, gpu="H200", check=False).model, "CPUExecutionProvider", True)
-    stock = session(onnx.load(path), "CPUExecutionProvider", False)
+    """Only some sizes survive its five halvings and doublings: those are asked of the original.
+
+    Compared is what its last Sigmoid reads: where no text is seen, all that this gives is near 0, and says nothing.
+    """
+    model = onnx.load(MODELS / "ppocrv3_det.onnx")
+    last = next(node for node in model.graph.node if node.output[0] == model.graph.output[0].name)
+    assert last.op_type == "Sigmoid"
+    model.graph.output[0].name = last.input[0]
+    ours = session(pipeline.rewrite(model, gpu="H200", check=False).model, "CPUExecutionProvider", True)
+    stock = session(model, "CPUExecutionProvider", False)
     rng = random.Random(seed)
     accepted = refused = 0
     while accepted < 12:
@@ -142,6 +148,6 @@ def test_a_text_detector_at_the_sizes_it_accepts(seed: int) -> None:
             with pytest.raises(Exception, match="Non-zero status code"):
                 ours.run(None, {"x": x})
             continue
-        assert_right(ours, stock, x, 2e-4, f"seed {seed}, {(n, h, w)}")
+        assert_right(ours, stock, x, 1e-4, f"seed {seed}, {(n, h, w)}")
         accepted += 1
     assert refused
