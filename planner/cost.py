@@ -464,6 +464,8 @@ def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
         kept = priors.resident_registers + (24 if stem and seg.depthwise else 8 if seg.project and not stem else 32)
         if seg.stages == "conv" or (seg.element == 4 and (stem or (seg.first and not held))):
             kept += 96
+        if seg.first and not held:  # many loads of the next tile's input are gathered
+            kept += 8 * max(0, _first_tiles(seg, tile) * seg.first_steps - 32)
     return priors.base_registers + sums + held + phase + kept
 
 
