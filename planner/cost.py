@@ -49,6 +49,7 @@ class Priors:
     tail_rounds: float = 0.0865  # rounds lost where thread blocks do not all fit the GPU at once
     launch_us: float = 1.2  # of a kernel in a captured graph
     base_registers: int = 52  # addresses, counters, pipeline state
+    gathered_registers: int = 40  # for sm_120 the assembler gathers more loads
     resident_registers: int = 24  # of a thread with resident weights: the next tile's places
     spare_registers: int = 16  # kept free below every bound, so that none spill
     # stock: separate NCHW kernels
@@ -438,7 +439,7 @@ def _steps(seg: Segment, tile: Tile) -> int:
     return ceil_div(block_n(seg, tile) // seg.group, groups)
 
 
-def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
+def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> int:
     """Registers of a thread, estimated: accumulators, `first`'s fragments, and the hungrier of the phases."""
     if seg.mean:
         return gate.REGISTERS
@@ -466,7 +467,8 @@ def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
             kept += 96
         if seg.first and not held:  # many loads of the next tile's input are gathered
             kept += 8 * max(0, _first_tiles(seg, tile) * seg.first_steps - 32)
-    return priors.base_registers + sums + held + phase + kept
+    base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 120 else 0)
+    return base + sums + held + phase + kept
 
 
 def resident(seg: Segment, tile: Tile, gpu: Gpu, shared: int, regs: int) -> int:
@@ -705,7 +707,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     """What the segment costs with a tile; None where the tile does not fit the GPU."""
     if tile.split > 1 and gpu.sm < 90:
         return None
-    shared, regs = shared_bytes(seg, tile), registers(seg, tile, priors)
+    shared, regs = shared_bytes(seg, tile), registers(seg, tile, gpu, priors)
     if regs + priors.spare_registers > MAX_REGISTERS:
         return None
     warps = ceil_div(tile.blocks * tile.threads // 32, 4)  # of one of the SM's quarters
