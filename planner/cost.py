@@ -49,7 +49,7 @@ class Priors:
     tail_rounds: float = 0.0865  # rounds lost where thread blocks do not all fit the GPU at once
     launch_us: float = 1.2  # of a kernel in a captured graph
     base_registers: int = 52  # addresses, counters, pipeline state
-    gathered_registers: int = 40  # for sm_120 the assembler gathers more loads
+    gathered_registers: int = 60  # from sm_100 on, the assembler gathers more loads
     resident_registers: int = 24  # of a thread with resident weights: the next tile's places
     spare_registers: int = 16  # kept free below every bound, so that none spill
     # stock: separate NCHW kernels
@@ -467,7 +467,7 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             kept += 96
         if seg.first and not held:  # many loads of the next tile's input are gathered
             kept += 8 * max(0, _first_tiles(seg, tile) * seg.first_steps - 32)
-    base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 120 else 0)
+    base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 100 else 0)
     return base + sums + held + phase + kept
 
 
