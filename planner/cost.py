@@ -455,7 +455,7 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             sums = max(0, sums - depthwise)
         phase = max(phase, depthwise)
     if seg.project and seg.element == 4:
-        phase += 16  # operands rounded to TF32
+        phase += 16 + (8 if min(tile.images, tile.patch_h) > 1 else 0)  # operands rounded to TF32
     if seg.stages == "conv" and seg.element == 2:  # the compiler gathers the operands of all products at once
         phase += 72 * tile.patch_h - 50
     held = _first_tiles(seg, tile) * seg.first_steps * 3 if seg.first and _first_in_registers(seg, tile) else 0
@@ -465,6 +465,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         kept = priors.resident_registers + (24 if stem and seg.depthwise else 8 if seg.project and not stem else 32)
         if seg.stages == "conv" or (seg.element == 4 and (stem or (seg.first and not held))):
             kept += 96
+        if seg.stages == "dw-pw" and seg.element == 4:
+            kept += 8 * tile.patch_h
         if seg.first and not held:  # many loads of the next tile's input are gathered
             kept += 8 * max(0, _first_tiles(seg, tile) * seg.first_steps - 32)
     base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 100 else 0)
