@@ -105,7 +105,7 @@ def problems(files: Iterable[Path], card: Gpu) -> list[Problem]:
         known = found[key]
         tile = Tile(**{name[5:]: value for name, value in spec.items() if name.startswith("tile.")})
         bound = card.registers_per_sm // (tile.blocks * tile.threads) // 8 * 8
-        missing = max(0, registers(known.seg, tile) - bound)
+        missing = max(0, registers(known.seg, tile, card) - bound)
         known.timings[tile] = Timing(tile, work(known.seg, tile, card.sms), row["occ"], missing, row["us"])
     return list(found.values())
 

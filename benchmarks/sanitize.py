@@ -147,7 +147,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--numbers", type=int, default=1, help="random modules of each chain and type")
     parser.add_argument("--shared", type=int, default=96, help="KiB of shared memory that a thread block may have")
-    parser.add_argument("--seconds", type=float, default=60, help="no module starts after these")
+    parser.add_argument("--seconds", type=float, default=50, help="no module starts after these")
     parser.add_argument("--gpu", default="H200")
     parser.add_argument("--architecture", default="sm_90a")
     parser.add_argument("--prepare", action="store_true", help="only compile, into the library's cache")

@@ -54,6 +54,7 @@ class Priors:
     tail_rounds: float = 0.1604  # rounds lost where thread blocks do not all fit the GPU at once
     launch_us: float = 1.2  # of a kernel in a captured graph
     base_registers: int = 52  # addresses, counters, pipeline state
+    gathered_registers: int = 60  # from sm_100 on, the assembler gathers more loads
     resident_registers: int = 24  # of a thread with resident weights: the next tile's places
     spare_registers: int = 16  # kept free below every bound, so that none spill
     # stock: separate NCHW kernels
@@ -474,7 +475,7 @@ def _steps(seg: Segment, tile: Tile) -> int:
     return ceil_div(block_n(seg, tile) // seg.group, groups)
 
 
-def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
+def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> int:
     """Registers of a thread, estimated: accumulators, `first`'s fragments, and the hungrier of the phases."""
     if seg.mean:
         return gate.REGISTERS
@@ -493,7 +494,7 @@ def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
         own = tile.chunk // 2
         phase = max(phase, own * min(_first_tiles(seg, tile), max(1, 64 // own)))
     if seg.project and seg.element == 4:
-        phase += 16  # operands rounded to TF32
+        phase += 16 + (8 if min(tile.images, tile.patch_h) > 1 else 0)  # operands rounded to TF32
     if seg.stages == "conv" and seg.element == 2:  # the compiler gathers the operands of all products at once
         phase += 72 * tile.patch_h - 50
     held = _first_tiles(seg, tile) * seg.first_steps * 3 if seg.first and _first_in_registers(seg, tile) else 0
@@ -503,7 +504,12 @@ def registers(seg: Segment, tile: Tile, priors: Priors = PRIORS) -> int:
         kept = priors.resident_registers + (24 if stem and seg.depthwise else 8 if seg.project and not stem else 32)
         if seg.stages == "conv" or (seg.element == 4 and (stem or (seg.first and not held))):
             kept += 96
-    return priors.base_registers + sums + held + phase + kept
+        if seg.stages == "dw-pw" and seg.element == 4:
+            kept += 8 * tile.patch_h
+        if seg.first and not held:  # many loads of the next tile's input are gathered
+            kept += 8 * max(0, _first_tiles(seg, tile) * seg.first_steps - 32)
+    base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 100 else 0)
+    return base + sums + held + phase + kept
 
 
 def resident(seg: Segment, tile: Tile, gpu: Gpu, shared: int, regs: int) -> int:
@@ -765,7 +771,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     """What the segment costs with a tile; None where the tile does not fit the GPU."""
     if (tile.split > 1 and gpu.sm < 90) or (tile.wgmma and gpu.sm != 90):
         return None
-    shared, regs = shared_bytes(seg, tile), registers(seg, tile, priors)
+    shared, regs = shared_bytes(seg, tile), registers(seg, tile, gpu, priors)
     if regs + priors.spare_registers > MAX_REGISTERS:
         return None
     warps = ceil_div(tile.blocks * tile.threads // 32, 4)  # of one of the SM's quarters

@@ -232,7 +232,7 @@ NEAR = 1.5  # times the best's time: tiles that near are tried in variants too, 
 def _held(seg: Segment, tile: Tile, gpu: Gpu, grid: int, more: int, priors: Priors) -> Tile:
     """The tile with the thread blocks an SM should hold: as many as registers surely allow, and `more`, but no more
     than there are in a grid that is not resident."""
-    needed = min(MAX_REGISTERS, registers(seg, tile, priors) + priors.spare_registers)
+    needed = min(MAX_REGISTERS, registers(seg, tile, gpu, priors) + priors.spare_registers)
     roomy = resident(seg, tile, gpu, shared_bytes(seg, tile), needed) + more
     return replace(tile, blocks=max(1, min(roomy, ceil_div(grid, gpu.sms), 2048 // tile.threads)))
 
