@@ -28,6 +28,7 @@ LIMIT = 12  # tiles of a segment that are measured first
 RANKED = 400  # of the planner's ranking, that these are chosen from
 FLIPPED = 3  # of them, that are also tried with weights held the other way
 BRIBE = 1e6  # microseconds that no plan can resist
+AFTER_CHOSEN = 0.01  # of any other tile: the planner's choices come first
 REFINED = 2  # the best measured, of which variations are tried
 REFINED_PRIORITY = 0.25  # these come as if they made their module so much slower than estimated
 NCHW_CHANNELS = 4  # a dense convolution of so few channels is a stem, which reads [N, C, H, W]
@@ -238,10 +239,11 @@ class _Queue:
             # Slower by this much, relative to the module itself, would be the best plan that has it.
             priority = (time_of_plan((first, last)) - least) / best
             for i, module in enumerate(diverse(ranked, LIMIT)):
-                self._add((chain, first, last), seg, module, priority, module.time_us / best - 1)
+                later = AFTER_CHOSEN if i else 0.0
+                self._add((chain, first, last), seg, module, priority, module.time_us / best - 1 + later)
                 tile = flipped(seg, module.tile, gpu) if i < FLIPPED else None
                 if tile and (other := module_of(chain, gpu, first, last, tile)):
-                    self._add((chain, first, last), seg, other, priority, module.time_us / best - 1)
+                    self._add((chain, first, last), seg, other, priority, module.time_us / best - 1 + AFTER_CHOSEN)
 
     def finished(self, job: _Job) -> None:
         """After the last of a segment's first round, variations of its best follow."""

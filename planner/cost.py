@@ -364,8 +364,8 @@ def illegal(seg: Segment, tile: Tile) -> str:
 
 def _no_wgmma(seg: Segment, tile: Tile) -> str:
     """What wgmma needs and does not find; empty if it finds all."""
-    if seg.element != 2 or seg.c_in % 8 or seg.scaled or seg.mean:
-        return "float16, a multiple of 8 input channels, and X as it is"
+    if seg.element != 2 or seg.scaled or seg.mean:
+        return "float16, and X as it is"
     if "conv" in seg.stages or not (seg.project or seg.first) or (seg.first and not seg.depthwise):
         return "pointwise stages, with a depthwise between two"
     if tile.warps_m % 4 or (seg.first and tile.chunk > 128):

@@ -415,9 +415,13 @@ struct Module {
         FCM_UNROLL
         for (int kg = 0; kg < kFirstGroups; ++kg) {
           const int k = kg * kGroup + column * L::kLane;
-          const bool valid = q.valid && k < S.c_in;
-          copy_async(shared + kInputAt + (kg * kFirstRows + row / 8 * 8) * 64 + swizzled(row % 8, column),
-                     valid ? In::address(p, S.first_window, q.n, q.y, q.x, k) : (const char*)p.x, valid);
+          char* to = shared + kInputAt + (kg * kFirstRows + row / 8 * 8) * 64 + swizzled(row % 8, column);
+          if constexpr (vector_input(S)) {
+            const bool valid = q.valid && k < S.c_in;
+            copy_async(to, valid ? In::address(p, S.first_window, q.n, q.y, q.x, k) : (const char*)p.x, valid);
+          } else {
+            *(Vec*)to = In::template load<S.first, L::kLane>(p, S.first_window, q.n, q.y, q.x, k, q.valid);
+          }
         }
       }
       FCM_UNROLL

@@ -398,7 +398,6 @@ constexpr const char* illegal(const Spec& s) {
     return "wgmma needs a pointwise in front of a depthwise, or a project";
   if (t.wgmma && (s.first == Dense::convolution || s.project == Dense::convolution)) return "wgmma needs pointwise";
   if (t.wgmma && s.first != Dense::none && !s.depthwise) return "wgmma needs a depthwise between pointwise stages";
-  if (t.wgmma && !vector_input(s)) return "wgmma needs channels-last input of a multiple of 8 channels";
   if (t.wgmma && has_project(s) && (block_n(s) % t.warps_n || block_n(s) / t.warps_n % group(s.type)) && t.warps_n > 1)
     return "wgmma needs whole groups of output channels for each of warps_n";
   if (t.wgmma && t.warps_m % 4) return "wgmma needs warps_m to be a multiple of 4";

@@ -103,9 +103,7 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     if chain in ("pw", "dw-pw", "pw-dw", "pw-dw-pw") and type_ == "float16" and rng.random() < 0.6:
         tile["wgmma"], tile["warps_m"] = 1, 4 * -(-warps_m // 4)
         tile["chunk"] = min(chunk, 128)
-        fields |= {"input_nchw": "false", "scaled": "false", "c_in": str(-(-c_in // 8) * 8)}
-        if not first:
-            fields["c_mid"] = fields["c_in"]
+        fields["scaled"] = "false"
         if warps_n == 2:  # both have whole groups
             fields["c_out"] = str(2 * group - rng.choice((0, 7, 8)))
         if not last_dense:
