@@ -161,8 +161,16 @@ class Segment:
         return round_up(self.c_out, self.group // 2) if self.project else self.middle_groups * self.group
 
     @cached_property
+    def first_columns(self) -> int:
+        """Columns of the filter of `first`, padded where a staged input is read in pairs of columns."""
+        assert self.first
+        if self.depthwise and self.element == 2 and self.first.stride[1] % 2 == 0 and self.first.dilation[1] == 1:
+            return round_up(self.first.kernel[1] + self.first.pads[1] % 2, 2) if self.first.kind == "conv" else 1
+        return self.first.kernel[1]
+
+    @cached_property
     def first_depth(self) -> int:
-        return self.first.taps * self.c_in if self.first else 0
+        return self.first.kernel[0] * self.first_columns * self.c_in if self.first else 0
 
     @cached_property
     def first_steps(self) -> int:
@@ -434,7 +442,8 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
         if seg.first and seg.first.kind == "conv":  # the patch of X under the halo region
             rows = (spatial.halo_rows - 1) * seg.first.stride[0] + seg.first.reach[0]
             columns = (spatial.halo_columns - 1) * seg.first.stride[1] + seg.first.reach[1]
-            once += round_up(t.images * seg.c_in * rows * round_up(columns + 1, 2) * seg.element, 16)
+            pitch = round_up(columns + max(1, seg.first_columns - seg.first.kernel[1]), 2)
+            once += round_up(t.images * seg.c_in * rows * pitch * seg.element, 16)
         planes += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
     if seg.project:
         weights += groups * (block_n(seg, t) // 8) * fragment

@@ -84,11 +84,13 @@ struct Input {
   }
 
   // X under the halo region in shared memory, zero outside of X, where a dense convolution comes first: rows start at
-  // an even column, so that halves can be copied in pairs.
+  // an even column, so that halves can be copied in pairs, and read in pairs where windows start at even columns.
   struct Staged {
     static constexpr Window W = S.first_window;
     static constexpr int kRows = stages_input(S) ? staged_h(S) : 1, kPitch = stages_input(S) ? staged_pitch(S) : 2;
-    static constexpr int kTaps = W.kernel_h * W.kernel_w, kSteps = first_steps(S), kGroups = ceil_div(kSteps, 2);
+    static constexpr bool kPairs = reads_pairs(S);
+    static constexpr int kTapColumns = first_columns(S), kTaps = W.kernel_h * kTapColumns, kSteps = first_steps(S),
+                         kGroups = ceil_div(kSteps, 2);
     const char* from;
     int taps[stages_input(S) ? kGroups : 1][L::kLane];  // offsets of this lane's share of the reduction
 
@@ -101,9 +103,9 @@ struct Input {
           FCM_UNROLL
           for (int i = 0; i < L::kLane; ++i) {
             const int k = kg * L::kGroup + L::column() * share(kg) + i;
-            const int c = k / kTaps, ky = k % kTaps / W.kernel_w, kx = k % W.kernel_w;
+            const int c = k / kTaps, ky = k % kTaps / kTapColumns, kx = k % kTapColumns;
             taps[kg][i] = (k < first_depth(S) ? (c * kRows + ky * W.dilation_h) * kPitch + kx * W.dilation_w : 0) +
-                          (left(halo_x) & 1);
+                          (kPairs ? 0 : left(halo_x) & 1);
           }
         }
       }
@@ -143,7 +145,9 @@ struct Input {
       FCM_UNROLL
       for (int i = 0; i < L::kLane; ++i) {
         if (i >= share(kg)) continue;
-        if constexpr (L::kHalf) {
+        if constexpr (kPairs) {
+          if (i % 2 == 0) v.r[i / 2] = *(const u32*)((const unsigned short*)from + pixel + taps[kg][i]);
+        } else if constexpr (L::kHalf) {
           const u32 e = ((const unsigned short*)from)[pixel + taps[kg][i]];
           v.r[i / 2] |= i % 2 ? e << 16 : e;
         } else {

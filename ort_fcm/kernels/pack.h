@@ -23,14 +23,16 @@ inline void put_element(const Spec& s, void* to, float x) {
 }
 
 // One operand block: 8 output channels of which lane row g is `channel(g)`, and STEPS halves of reduction group `kg`.
-// w is [outputs][depth].
-template <class Channel>
-void pack_block(const Spec& s, const float* w, int outputs, int depth, int kg, int steps, Channel channel, char* to) {
+// w is [outputs][depth], of which the k-th product has element `place(k)`, or none where that is negative.
+template <class Channel, class Place>
+void pack_block(const Spec& s, const float* w, int outputs, int depth, int kg, int steps, Channel channel, Place place,
+                char* to) {
   const int per_lane = lane_channels(s.type) * steps / 2, per_register = lane_channels(s.type) / 4;
   for (int lane = 0; lane < 32; ++lane)
     for (int i = 0; i < per_lane; ++i) {
       const int n = channel(lane / 4), k = kg * group(s.type) + lane % 4 * per_lane + i;
-      const float x = n < outputs && k < depth ? w[(std::size_t)n * depth + k] : 0.f;
+      const int at_w = place(k);
+      const float x = n < outputs && at_w >= 0 && at_w < depth ? w[(std::size_t)n * depth + at_w] : 0.f;
       int at = lane * (steps * 8) + i / per_register * 4 + i % per_register * element_bytes(s.type);
       if (s.tile.wgmma) at = swizzled(lane / 4, lane % 4) + i * element_bytes(s.type);  // of two steps always
       put_element(s, to + at, x);
@@ -61,14 +63,21 @@ inline std::size_t packed_first_bytes(const Spec& s) {
 // w: [c_mid, depth], the weight as Conv has it.
 inline void pack_first(const Spec& s, const float* w, void* out) {
   if (s.mean) return pack_gate(s, w, s.c_mid, s.c_in, out);
-  const int g = group(s.type), lane = lane_channels(s.type), steps = first_steps(s), depth = first_depth(s);
+  const Window& window = s.first_window;
+  const int g = group(s.type), lane = lane_channels(s.type), steps = first_steps(s);
+  const int depth = dense_depth(s.first, window, s.c_in), columns = first_columns(s);
+  const auto place = [&](int k) {
+    if (!reads_pairs(s)) return k;
+    const int column = k % columns - first_lead(s);
+    return column >= 0 && column < window.kernel_w ? k / columns * window.kernel_w + column : -1;
+  };
   char* to = (char*)out;
   for (int mg = 0; mg < packed_groups(s); ++mg)
     for (int j = 0; j < g / 8; ++j) {
       const auto channel = [&](int r) { return mg * g + r / 2 * lane + 2 * j + r % 2; };
       for (int kg = 0; kg * 2 < steps; ++kg) {
         const int here = s.tile.wgmma ? 2 : min(2, steps - kg * 2);
-        pack_block(s, w, s.c_mid, depth, kg, here, channel, to);
+        pack_block(s, w, s.c_mid, depth, kg, here, channel, place, to);
         to += here * 256;
       }
     }
@@ -105,7 +114,9 @@ inline void pack_project(const Spec& s, const float* w, void* out) {
     for (int b = 0; b < padded_out(s) / 8; ++b, to += kFragment) {
       const int base = b / blocks * g, j = b % blocks;
       const int lane = base + g > padded_out(s) ? lane_channels(s.type) / 2 : lane_channels(s.type);
-      pack_block(s, w, s.c_out, depth, kg, 2, [&](int r) { return base + r / 2 * lane + 2 * j + r % 2; }, to);
+      pack_block(
+          s, w, s.c_out, depth, kg, 2, [&](int r) { return base + r / 2 * lane + 2 * j + r % 2; },
+          [](int k) { return k; }, to);
     }
 }
 

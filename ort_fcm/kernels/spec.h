@@ -127,7 +127,22 @@ constexpr int half_group(const Spec& s) { return group(s.type) / 2; }
 constexpr int dense_depth(Dense kind, const Window& w, int channels) {
   return kind == Dense::convolution ? w.kernel_h * w.kernel_w * channels : channels;
 }
-constexpr int first_depth(const Spec& s) { return dense_depth(s.first, s.first_window, s.c_in); }
+// X under the halo region is staged in shared memory where a dense convolution comes first.
+constexpr bool stages_input(const Spec& s) { return s.first == Dense::convolution && s.depthwise; }
+// Where windows start an even number of halves apart, rows of a window are read in pairs from an even column on: they
+// have `first_lead` taps more in front and perhaps one behind, all with weights of zero.
+constexpr bool reads_pairs(const Spec& s) {
+  const Window& w = s.first_window;
+  return stages_input(s) && s.type == Type::float16 && w.stride_w % 2 == 0 && w.dilation_w == 1;
+}
+constexpr int first_lead(const Spec& s) { return reads_pairs(s) ? s.first_window.pad_left % 2 : 0; }
+constexpr int first_columns(const Spec& s) {
+  return reads_pairs(s) ? round_up(s.first_window.kernel_w + first_lead(s), 2) : s.first_window.kernel_w;
+}
+constexpr int first_depth(const Spec& s) {
+  return stages_input(s) ? s.c_in * s.first_window.kernel_h * first_columns(s)
+                         : dense_depth(s.first, s.first_window, s.c_in);
+}
 constexpr int first_steps(const Spec& s) { return ceil_div(first_depth(s), half_group(s)); }
 // The depth of `project` (its reduction), and the middle channels of a module without one.
 constexpr int middle_channels(const Spec& s) {
@@ -207,15 +222,16 @@ constexpr int first_input_bytes(const Spec& s) {
   if (s.tile.wgmma) return ceil_div(first_steps(s), 2) * first_rows(s) * 64;
   return warps(s) * first_tiles(s) * ceil_div(first_steps(s), 2) * 2 * kFragment;
 }
-// X under the halo region, where a dense convolution comes first: [images, c_in, rows, pitch], rows at an even column.
-constexpr bool stages_input(const Spec& s) { return s.first == Dense::convolution && s.depthwise; }
+// X under the halo region: [images, c_in, rows, pitch], rows at an even column.
 constexpr int staged_h(const Spec& s) {
   return halo(halo_h(s), s.first_window.kernel_h, s.first_window.stride_h, s.first_window.dilation_h);
 }
 constexpr int staged_w(const Spec& s) {
   return halo(halo_w(s), s.first_window.kernel_w, s.first_window.stride_w, s.first_window.dilation_w);
 }
-constexpr int staged_pitch(const Spec& s) { return round_up(staged_w(s) + 1, 2); }
+constexpr int staged_pitch(const Spec& s) {
+  return round_up(staged_w(s) + max(1, first_columns(s) - s.first_window.kernel_w), 2);
+}
 constexpr int staged_bytes(const Spec& s) {
   return stages_input(s) ? round_up(s.tile.images * s.c_in * staged_h(s) * staged_pitch(s) * element_bytes(s.type), 16)
                          : 0;
