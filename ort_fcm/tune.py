@@ -23,6 +23,7 @@ from ort_fcm.library import measure_module
 from ort_fcm.planner import Chain, Gpu, Layer, Module, Plan, PlannerError, Tile, candidates, module_of, plan_chain
 from ort_fcm.planner import gpu as gpu_by_name
 from ort_fcm.planner.cost import Segment, estimate, illegal, segment
+from ort_fcm.planner.gate import rows
 
 LIMIT = 12  # tiles of a segment that are measured first
 RANKED = 400  # of the planner's ranking, that these are chosen from
@@ -60,6 +61,8 @@ def describe(seg: Segment, tile: Tile, gpu: Gpu) -> str:
         "tile": str(tile),
         "channels": words([seg.c_in, *(layer.out_channels for layer in layers)]),
         "residual": int(seg.residual),
+        "pool": int(seg.pool),
+        "scaled": int(seg.scaled),
         "type": "float16" if seg.dtype == "float16" else single,
     }
     return "\n".join(f"{name}={value}" for name, value in lines.items())
@@ -72,6 +75,8 @@ def reads_nchw(seg: Segment) -> bool:
 def x_shape(seg: Segment) -> tuple[int, int, int, int]:
     if reads_nchw(seg):
         return seg.batch, seg.c_in, seg.height, seg.width
+    if seg.mean:
+        return seg.batch, rows(seg), 1, seg.c_in
     return seg.batch, seg.height, seg.width, seg.c_in
 
 

@@ -502,6 +502,10 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
     if tile.wgmma and seg.first:  # the results of products of the first stage
         own = tile.chunk // 2
         phase = max(phase, own * min(_first_tiles(seg, tile), max(1, 64 // own)))
+    if seg.pool:  # sums, and where they go; of a large filter more is loaded ahead
+        phase += 16 if seg.depthwise and seg.depthwise.taps <= 9 else 8 + 24 * tile.patch_h
+    if seg.scaled:
+        phase += 16 + 8 * tile.patch_h
     if seg.project and seg.element == 4:
         phase += 16 + (8 if min(tile.images, tile.patch_h) > 1 else 0)  # operands rounded to TF32
     if seg.stages == "conv" and seg.element == 2:  # the compiler gathers the operands of all products at once
@@ -517,6 +521,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             kept += 8 * tile.patch_h
         if seg.first and not held:  # many loads of the next tile's input are gathered
             kept += 8 * max(0, _first_tiles(seg, tile) * seg.first_steps - 32)
+        if seg.pool:  # weights are the same for every tile, and held if they can be
+            kept += 16 if seg.depthwise and seg.depthwise.taps <= 9 and not stem else 96
     base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 100 else 0)
     return base + sums + held + phase + kept
 

@@ -380,9 +380,7 @@ constexpr const char* illegal(const Spec& s) {
     return "sums over the map need a depthwise at the end, and no residual";
   if (t.chunk <= 0 || t.chunk % group(s.type)) return "chunk must be a multiple of a group of channels";
   if (s.mean) {
-    const Window& f = s.first_window;
-    if (s.first != Dense::pointwise || s.depthwise || s.project != Dense::pointwise || s.residual || f.stride_h != 1 ||
-        f.stride_w != 1)
+    if (s.first != Dense::pointwise || s.depthwise || s.project != Dense::pointwise || s.residual)
       return "behind a mean there are two pointwise convolutions";
     if (t.warps_m < 1 || t.warps_n != 1 || warps(s) > 16) return "a gate has 1 to 16 warps";
     if (t.images < 1 || t.images > 64) return "a gate has 1 to 64 images";

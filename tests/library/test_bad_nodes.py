@@ -124,6 +124,49 @@ def test_residual_of_another_shape() -> None:
         session(model, True).run(None, feeds)
 
 
+def _of(kinds: str, **options: Any) -> Module:
+    stages = [
+        Stage("pw", (8, 8)) if kind == "pw" else Stage("dw", (8, 8), (3, 3), pads=(1, 1, 1, 1))
+        for kind in kinds.split("-")
+    ]
+    return with_weights(Module(stages, (6, 6), **options), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize(
+    ("module", "cause"),
+    [
+        (_of("dw-pw", scaled=True), "factors G are given, which only a module takes that starts with a pointwise"),
+        (_of("pw-pw", mean=True, scaled=True), "factors G are given, which only a module takes"),
+        (_of("dw-pw", pool=True), "there is a second output, which only a module has that ends in a depthwise"),
+        (_of("pw-dw", pool=True, residual=True), "there is a second output, which only a module has that ends in"),
+        (_of("pw-pw", mean=True, residual=True), "a residual is given to a module on a mean"),
+        (_of("pw-dw", mean=True), "attribute stages is 'mean-pw-dw', which is no legal chain"),
+    ],
+)
+def test_parts_of_a_squeeze_and_excite(module: Module, cause: str) -> None:
+    with pytest.raises(Exception, match="FusedConvModule 'module0': ") as caught:
+        session(fused_model(module), True)
+    assert cause in str(caught.value)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 7), (2, 1, 1, 8), (1, 6, 1, 8), (1, 8, 1, 1), (1, 8)])
+def test_factors_of_another_shape(shape: tuple[int, ...]) -> None:
+    module = _of("pw", scaled=True)
+    model = fused_model(module)
+    model.graph.input[1].type.tensor_type.ClearField("shape")
+    feeds = inputs(module, np.random.default_rng(0)) | {"G": np.ones(shape, np.float32)}
+    with pytest.raises(Exception, match="the factors G have shape ") as caught:
+        session(model, True).run(None, feeds)
+    assert f"{list(shape)} instead of [1, 1, 1, 8]" in str(caught.value)
+
+
+def test_a_mean_of_nothing() -> None:
+    module = _of("pw-pw", mean=True)
+    made = session(fused_model(module, dynamic=True), True)
+    with pytest.raises(Exception, match=r"input X has shape \[1, 0, 6, 8\], of which there is no mean"):
+        made.run(None, {"X": np.zeros((1, 0, 6, 8), np.float32)})
+
+
 @pytest.mark.gpu
 def test_cuda_needs_constant_weights() -> None:
     import onnxruntime as ort
