@@ -1,7 +1,7 @@
 """Times networks against stock ONNX Runtime at its best, and holds both against float64; results go to a JSON file.
 
     python -m benchmarks.networks --models DIR [--networks mobilenetv2_100,...] [--dtypes float16,float32]
-        [--batches 128,16,1] [--seconds 500] [--out benchmarks/results/networks.json]
+        [--batches 128,16,1] [--captured] [--seconds 500] [--out benchmarks/results/networks.json]
     python -m benchmarks.networks --models DIR --coverage [--seconds 240]
 
 Cells that the file already has are left (give another --out, or --again, to measure anew), and no cell is begun after
@@ -91,7 +91,7 @@ def cell(key: Key, prepared: Prepared, args: argparse.Namespace) -> dict[str, An
             keep=None if args.coverage else kept,
         )
 
-    result = measure(CAPTURED if args.coverage and args.provider == "cuda" else None)
+    result = measure(CAPTURED if args.captured and args.provider == "cuda" else None)
     if not (result.best(False) and result.best(True)):  # it cannot be captured
         result = measure(None)
     if not args.coverage:
@@ -122,6 +122,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=Path, help="a directory with NAME*.onnx, static batch or dynamic, float32")
     parser.add_argument("--coverage", action="store_true", help="every network of the directory, in few runs")
+    parser.add_argument("--captured", action="store_true", help="only settings with graph capture, the fastest so far")
     parser.add_argument("--networks")
     parser.add_argument("--dtypes")
     parser.add_argument("--batches")
@@ -134,6 +135,7 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="measure what the file has, too")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    args.captured |= args.coverage
     every = ",".join(sorted(path.stem for path in args.models.glob("*.onnx"))) if args.models else ""
     if args.coverage:
         defaults: dict[str, Any] = {"networks": every, "dtypes": "float16", "batches": "1,16", "runs": 40, "warmup": 5}
