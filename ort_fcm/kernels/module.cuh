@@ -407,7 +407,6 @@ struct Module {
   // X under the halo region: of each group of channels, a row of 64 bytes a pixel.
   FCM_DEVICE void copy_first_input(const T& at) {
     if constexpr (kWgmma && kFirst) {
-      FCM_UNROLL
       for (int i0 = 0; i0 < kFirstRows * 4; i0 += kThreads) {
         const int i = i0 + thread_index(), row = i / 4, column = i % 4;
         if (row >= round_up(at.halo_pixels(), 64)) break;
