@@ -502,8 +502,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
     if tile.wgmma and seg.first:  # the results of products of the first stage
         own = tile.chunk // 2
         phase = max(phase, own * min(_first_tiles(seg, tile), max(1, 64 // own)))
-    if seg.pool:  # sums, and where they go; of a large filter more is loaded ahead
-        phase += 16 if seg.depthwise and seg.depthwise.taps <= 9 else 8 + 24 * tile.patch_h
+    if seg.pool and seg.depthwise:  # sums, and where they go; of a large filter more is loaded ahead
+        phase += 16 * max(seg.depthwise.stride) if seg.depthwise.taps <= 9 else 8 + 8 * tile.patch_h
     if seg.scaled:
         phase += 16 + 8 * tile.patch_h
     if seg.project and seg.element == 4:
@@ -522,7 +522,7 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         if seg.first and not held:  # many loads of the next tile's input are gathered
             kept += 8 * max(0, _first_tiles(seg, tile) * seg.first_steps - 32)
         if seg.pool:  # weights are the same for every tile, and held if they can be
-            kept += 16 if seg.depthwise and seg.depthwise.taps <= 9 and not stem else 96
+            kept += 96 if stem else 16
     base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 100 else 0)
     return base + sums + held + phase + kept
 

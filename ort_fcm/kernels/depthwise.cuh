@@ -24,9 +24,10 @@ struct Depthwise {
   }
 
   // `halo` is a group's plane of the middle tensor at this lane's patch and channels with even columns as `side` says,
-  // `weights` the group's taps and `bias`, `slope` the group's vectors at this lane's channels.
+  // `weights` the group's taps and `bias`, `slope` the group's vectors at this lane's channels. Sums over the map need
+  // all results, valid or not: then nothing but a branch that is `never` taken keeps the loads of all rows apart.
   FCM_DEVICE static void run(Vec (&out)[P][2], const char* halo, int side, const char* weights, const float* bias,
-                             const float* slope) {
+                             const float* slope, [[maybe_unused]] bool never) {
     const char* base[2] = {halo + side * 64, halo + (side ^ 1) * 64};
     Vec sum[P][2];
     FCM_UNROLL
@@ -39,6 +40,8 @@ struct Depthwise {
     }
     FCM_UNROLL
     for (int r = 0; r < kRows; ++r) {
+      if constexpr (S.pool)
+        if (never) break;
       FCM_UNROLL
       for (int column = 0; column < kColumns; ++column) {
         bool used = false;

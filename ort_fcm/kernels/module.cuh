@@ -516,7 +516,7 @@ struct Module {
       const float* bias =
           (const float*)(buffer + kChunkGroups * depthwise_group_bytes(S)) + gi * kGroup + L::column() * L::kLane;
       Depthwise<C>::run(d, halo, side, buffer + gi * depthwise_group_bytes(S) + L::column() * 16, bias,
-                        bias + S.tile.chunk);
+                        bias + S.tile.chunk, p.batch <= 0);
     } else if constexpr (kFirst) {
       const char* buffer = first_buffer(step);
       const FirstGroup kept = first_group(buffer, gi);
