@@ -493,7 +493,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
     if seg.depthwise:
         pixels = 6 * max(seg.depthwise.stride)
         if not seg.project:  # stores follow at once, and the next pixels' loads before them
-            pixels = max(pixels, 12 if tile.patch_h <= 4 else 18) + (12 * max(seg.depthwise.stride) if seg.depthwise.taps > 9 else 0)
+            large = seg.depthwise.taps > 9
+            pixels = max(pixels, 12 if tile.patch_h <= 4 else 18) + (12 * max(seg.depthwise.stride) if large else 0)
         depthwise = 4 * min(seg.depthwise.taps, 9) + pixels * tile.patch_h + 4
         if not seg.first and not tile.resident and seg.middle_groups <= tile.chunk // seg.group:
             # One chunk: sums begin when it has ended.
