@@ -86,6 +86,7 @@ _TENSOR = {75: (0.25, 1.0), 80: (0.5, 1.0), 86: (0.25, 1.0), 87: (0.5, 1.0), 89:
 _ACTIVATION = {"none": 0, "relu": 1, "clip": 2, "hardswish": 4, "hardsigmoid": 3, "leakyrelu": 2, "prelu": 3,
                "silu": 8, "sigmoid": 7, "tanh": 6, "gelu": 16, "gelu_tanh": 12}  # fmt: skip
 
+STEM_CHANNELS = 4  # of the input of a dense convolution in front of other stages
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
 FRAGMENT = 512  # bytes of an operand of a warp: 32 lanes x 16
@@ -191,9 +192,10 @@ class Segment:
 
     @cached_property
     def streams(self) -> bool:
-        """A lone pointwise whose input is copied asynchronously."""
-        vector = self.c_in % (16 // self.element) == 0
-        return vector and self.stages == "pw"
+        """A lone pointwise or dense convolution whose input is copied asynchronously."""
+        if self.stages == "conv":
+            return self.c_in % self.group == 0
+        return self.stages == "pw" and self.c_in % (16 // self.element) == 0
 
     @cached_property
     def input_elements(self) -> int:
@@ -245,6 +247,8 @@ def segment(chain: Chain, first: int, last: int) -> Segment | None:
     """The segment of the chain's layers first..last, or None where no kernel computes these stages in one."""
     layers = chain.layers[first : last + 1]
     kinds = [layer.kind for layer in layers]
+    if kinds[0] == "conv" and len(kinds) > 1 and layers[0].in_channels > STEM_CHANNELS:
+        return None  # its input would not fit
     if "-".join(kinds) not in STAGES or any(layer.residual or layer.pool for layer in layers[:-1]):
         return None
     if any(layer.mean or layer.scaled for layer in layers[1:]):
@@ -374,8 +378,9 @@ def _no_wgmma(seg: Segment, tile: Tile) -> str:
     """What wgmma needs and does not find; empty if it finds all."""
     if seg.element != 2 or seg.scaled or seg.mean:
         return "float16, and X as it is"
-    if "conv" in seg.stages or not (seg.project or seg.first) or (seg.first and not seg.depthwise):
-        return "pointwise stages, with a depthwise between two"
+    staged = "conv" in seg.stages and not seg.streams
+    if staged or not (seg.project or seg.first) or (seg.first and not seg.depthwise):
+        return "pointwise stages, with a depthwise between two, or a dense one over whole groups of channels"
     if tile.warps_m % 4 or (seg.first and tile.chunk > 128):
         return "warps_m to be a multiple of 4, and of a chunk at most 128 channels"
     if seg.project and tile.warps_n > 1 and block_n(seg, tile) % (tile.warps_n * seg.group):
@@ -509,14 +514,15 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         phase += 16 + 8 * tile.patch_h
     if seg.project and seg.element == 4:
         phase += 16 + (8 if min(tile.images, tile.patch_h) > 1 else 0)  # operands rounded to TF32
-    if seg.stages == "conv" and seg.element == 2:  # the compiler gathers the operands of all products at once
+    gathers = seg.stages == "conv" and not seg.streams
+    if gathers and seg.element == 2:  # the compiler gathers the operands of all products at once
         phase += 72 * tile.patch_h - 50
     held = _first_tiles(seg, tile) * seg.first_steps * 3 if seg.first and _first_in_registers(seg, tile) else 0
     kept = 0  # what a resident block remembers between tiles, and what of the next tile's input is on its way
     if tile.resident:
         stem = seg.stages.startswith("conv")
         kept = priors.resident_registers + (24 if stem and seg.depthwise else 8 if seg.project and not stem else 32)
-        if seg.stages == "conv" or (seg.element == 4 and (stem or (seg.first and not held))):
+        if gathers or (seg.element == 4 and (stem or (seg.first and not held))):
             kept += 96
         if seg.stages == "dw-pw" and seg.element == 4:
             kept += 8 * tile.patch_h
@@ -628,7 +634,9 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         mid_pixels = x_pixels = out_pixels
         halo_pixels = pixels
         dense = seg.layers[0]
-        if dense.kind == "conv":  # runs of pixels: rows of the map, or a part of one
+        if seg.streams:  # each tap reads its pixels
+            x_pixels = out_pixels * dense.taps
+        elif dense.kind == "conv":  # runs of pixels: rows of the map, or a part of one
             r, c = ceil_div(pixels, out_w), min(pixels, out_w)
             r = min(seg.height, (r - 1) * dense.stride[0] + dense.reach[0])
             c = min(seg.width, (c - 1) * dense.stride[1] + dense.reach[1])

@@ -136,7 +136,8 @@ def _spatial(seg: Segment, least_filled: float, wgmma: int = 0) -> Iterator[Tile
     out_h, out_w = seg.maps[-1]
     if not seg.depthwise:
         for patch_h in (1, 2, 4):
-            for warps_m in (4, 8) if wgmma else (1, 2, 4, 8):
+            # A gathered convolution in thread blocks of one or two warps took twice as long as in four.
+            for warps_m in (4, 8) if wgmma or (seg.stages == "conv" and not seg.streams) else (1, 2, 4, 8):
                 pixels = 16 * patch_h * warps_m
                 if pixels == 16 or pixels < 2 * seg.batch * out_h * out_w:
                     yield Tile(tile_h=1, tile_w=pixels, patch_h=patch_h, warps_m=warps_m, wgmma=wgmma)

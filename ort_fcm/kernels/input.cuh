@@ -158,6 +158,20 @@ struct Input {
     }
   };
 
+  // What a streaming project multiplies with element k of its weights, at output pixel (y, x); `inside`: is there any?
+  FCM_DEVICE static const char* stream_address(const Params& p, int n, int y, int x, int k, bool& inside) {
+    constexpr Window w = S.project_window;
+    if constexpr (S.project != Dense::convolution) {
+      return address(p, w, n, y, x, k);
+    } else {
+      const int tap = k / S.c_in, ky = tap / w.kernel_w, kx = tap % w.kernel_w;
+      const int sy = y * w.stride_h + ky * w.dilation_h - w.pad_top;
+      const int sx = x * w.stride_w + kx * w.dilation_w - w.pad_left;
+      inside = sy >= 0 && sy < p.in_h && sx >= 0 && sx < p.in_w;
+      return address(p, Window{}, n, sy, sx, k - tap * S.c_in);
+    }
+  }
+
   FCM_DEVICE static const char* address(const Params& p, const Window& w, int n, int y, int x, int k) {
     const long long pixel = ((long long)n * p.in_h + y * w.stride_h) * p.in_w + x * w.stride_w;
     return (const char*)p.x + (pixel * S.c_in + k) * L::kElement;

@@ -212,9 +212,9 @@ struct Module {
           FCM_UNROLL
           for (int side = 0; side < 2; ++side) {
             const Pixel& q = sources[py][side];
-            const bool valid = q.valid && k < S.c_in;
-            copy_async(exchange_buffer(step) + exchange_offset(gi, py, side),
-                       valid ? In::address(p, S.project_window, q.n, q.y, q.x, k) : (const char*)p.x, valid);
+            bool valid = q.valid && k < middle_channels(S);
+            const char* from = valid ? In::stream_address(p, q.n, q.y, q.x, k, valid) : nullptr;
+            copy_async(exchange_buffer(step) + exchange_offset(gi, py, side), valid ? from : (const char*)p.x, valid);
           }
         }
       }

@@ -109,6 +109,8 @@ inline std::size_t packed_project_bytes(const Spec& s) {
 inline void pack_project(const Spec& s, const float* w, void* out) {
   if (s.mean) return pack_gate(s, w, s.c_out, s.c_mid, out);
   const int g = group(s.type), blocks = g / 8, depth = middle_channels(s);
+  const int taps = depth / s.c_in;  // of a dense convolution that streams: all channels under a tap, then the next
+  const bool by_tap = s.project == Dense::convolution && streams_input(s);
   char* to = (char*)out;
   for (int kg = 0; kg < packed_groups(s); ++kg)
     for (int b = 0; b < padded_out(s) / 8; ++b, to += kFragment) {
@@ -116,7 +118,7 @@ inline void pack_project(const Spec& s, const float* w, void* out) {
       const int lane = base + g > padded_out(s) ? lane_channels(s.type) / 2 : lane_channels(s.type);
       pack_block(
           s, w, s.c_out, depth, kg, 2, [&](int r) { return base + r / 2 * lane + 2 * j + r % 2; },
-          [](int k) { return k; }, to);
+          [&](int k) { return by_tap && k < depth ? k % s.c_in * taps + k / s.c_in : k; }, to);
     }
 }
 

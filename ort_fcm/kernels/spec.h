@@ -195,9 +195,11 @@ constexpr int first_tiles(const Spec& s) {
 constexpr bool first_in_registers(const Spec& s) { return !s.tile.wgmma && first_tiles(s) * first_steps(s) * 4 <= 48; }
 // Whether 16 bytes of X's channels can be loaded at once.
 constexpr bool vector_input(const Spec& s) { return !s.input_nchw && s.c_in % lane_channels(s.type) == 0; }
-// A lone pointwise whose input fragments are copied asynchronously.
+// A lone pointwise or dense convolution whose input fragments are copied asynchronously; of a dense one, a group of
+// channels under one tap after another.
 constexpr bool streams_input(const Spec& s) {
-  return s.first == Dense::none && !s.depthwise && s.project == Dense::pointwise && vector_input(s);
+  if (s.first != Dense::none || s.depthwise || !vector_input(s)) return false;
+  return s.project == Dense::pointwise || (s.project == Dense::convolution && s.c_in % group(s.type) == 0);
 }
 // Whether what feeds `project` passes between warps through shared memory.
 constexpr bool exchanges(const Spec& s) {
@@ -408,9 +410,9 @@ constexpr const char* illegal(const Spec& s) {
   if (t.wgmma != 0 && t.wgmma != 1) return "wgmma must be 0 or 1";
   if (t.wgmma && s.type != Type::float16) return "wgmma needs float16";
   if (t.wgmma && (s.scaled || s.mean)) return "wgmma reads X as it is";
-  if (t.wgmma && (s.first == Dense::none || !s.depthwise) && s.project != Dense::pointwise)
+  if (t.wgmma && (s.first == Dense::none || !s.depthwise) && s.project != Dense::pointwise && !streams_input(s))
     return "wgmma needs a pointwise in front of a depthwise, or a project";
-  if (t.wgmma && (s.first == Dense::convolution || s.project == Dense::convolution)) return "wgmma needs pointwise";
+  if (t.wgmma && s.first == Dense::convolution) return "wgmma needs pointwise";
   if (t.wgmma && s.first != Dense::none && !s.depthwise) return "wgmma needs a depthwise between pointwise stages";
   if (t.wgmma && has_project(s) && (block_n(s) % t.warps_n || block_n(s) / t.warps_n % group(s.type)) && t.warps_n > 1)
     return "wgmma needs whole groups of output channels for each of warps_n";

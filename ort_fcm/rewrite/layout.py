@@ -21,6 +21,7 @@ import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
 from ort_fcm.rewrite.graph import BINARY, UNARY, Array, View, attributes, captured
+from ort_fcm.rewrite.match import STEM_CHANNELS
 from ort_fcm.rewrite.plan import Segment
 
 
@@ -120,7 +121,7 @@ def choose(view: View, steps: list[Step], pooled: set[str]) -> dict[int, Flexibl
             ends[last.output].append((i, "out"))
             if last.residual:
                 ends[last.residual].append((i, "out"))
-            free = first.kind == "conv" or not reads
+            free = (first.kind == "conv" and first.in_channels <= STEM_CHANNELS) or not reads
             cut.edge("NHWC", (i, "in"), 0 if free else int(NCHW_MODULE * _cost(view, first.source)))
             cut.edge("NHWC", (i, "out"), int(NCHW_MODULE * _cost(view, last.output)))
             continue

@@ -20,7 +20,8 @@ from ort_fcm.rewrite.activation import Activation, activation_after
 from ort_fcm.rewrite.graph import Array, View, attributes, operator
 
 CONVOLUTIONS = ("Conv", "FusedConv", "ConvInteger", "QLinearConv")
-STEM_CHANNELS = 4  # a dense convolution over more input channels is better left to cuDNN
+STEM_CHANNELS = 4  # a dense convolution over so few reads X in either layout, and has other stages behind it
+DENSE_CHANNELS = 64  # one over more input channels is better left to cuDNN
 OLDEST_OPSET = 7  # before it, elementwise operators broadcast by an attribute
 NO_ACTIVATION = Activation()
 _FUSED_CONV = {  # com.microsoft FusedConv's attribute -> (kind, default parameters)
@@ -162,6 +163,8 @@ def _kind(in_channels: int, out_channels: int, group: int, kernel: tuple[int, in
     if group > 1 and group == in_channels and (in_channels > STEM_CHANNELS or out_channels == in_channels):
         return "dw"
     if in_channels <= STEM_CHANNELS:
+        return "conv"
+    if group == 1 and in_channels <= DENSE_CHANNELS and in_channels % 32 == 0:  # whole groups of channels
         return "conv"
     if group > 1:
         return f"grouped convolution ({group} groups of {in_channels // group} channels)"

@@ -59,7 +59,8 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
         return _window(kernel, stride, dilation, (pads[0], pads[1], pads[2], pads[3]))
 
     dense = {"pw": "fcm::Dense::pointwise", "conv": "fcm::Dense::convolution"}
-    c_in = rng.choice((1, 3, 4, 8)) if stages[0] == "conv" else rng.choice((8, 13, 16, 24, 40, 48, 64, 70))
+    few = (1, 3, 4, 8, *((32,) if chain == "conv" else ()))
+    c_in = rng.choice(few if stages[0] == "conv" else (8, 13, 16, 24, 40, 48, 64, 70))
     first = len(stages) > 1 and stages[0] != "dw"
     c_mid = rng.choice((17, 32, 48, 72, 96)) if first else c_in
     c_out = rng.choice((7, 16, 24, 40, 80)) if last_dense else c_mid
@@ -77,7 +78,7 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     fields["scaled"] = str(stages[0] == "pw" and rng.random() < 0.5).lower()
     fields["residual"] = str(not pool and rng.random() < 0.4).lower()
     fields["output_act"] = _act(rng.choice(("none", "relu")))
-    fields["input_nchw"] = str(rng.random() < (0.8 if stages[0] == "conv" else 0.2)).lower()
+    fields["input_nchw"] = str(rng.random() < (0.8 if stages[0] == "conv" and c_in < 32 else 0.2)).lower()
     fields["output_nchw"] = str(rng.random() < 0.2).lower()
 
     patch_h = rng.choice((1, 2, 3, 4, 7))
@@ -100,7 +101,8 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     tile = {"tile_h": tile_h, "tile_w": tile_w, "images": images, "patch_h": patch_h, "chunk": chunk}
     tile |= {"warps_m": warps_m, "warps_n": warps_n, "block_n": block_n, "split": split}
     tile["resident"] = rng.choice((0, 1))
-    if chain in ("pw", "dw-pw", "pw-dw", "pw-dw-pw") and type_ == "float16" and rng.random() < 0.6:
+    streams = chain == "conv" and c_in == 32 and fields["input_nchw"] == "false"
+    if (chain in ("pw", "dw-pw", "pw-dw", "pw-dw-pw") or streams) and type_ == "float16" and rng.random() < 0.6:
         tile["wgmma"], tile["warps_m"] = 1, 4 * -(-warps_m // 4)
         tile["chunk"] = min(chunk, 128)
         fields["scaled"] = "false"

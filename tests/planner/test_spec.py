@@ -103,7 +103,9 @@ def segments(draw: st.DrawFn) -> Segment:
                                    "conv-dw-pw", "mean-pw-pw"]))  # fmt: skip
     mean, option = stages.startswith("mean-"), draw(st.booleans())
     stages = stages.removeprefix("mean-")
-    channels, layers = draw(st.integers(1, 300)), []
+    few = st.integers(1, 4)  # a dense convolution in front of others
+    many = st.sampled_from([32, 64]) | st.integers(1, 300)
+    channels, layers = draw(few if stages.startswith("conv-") else many), []
     for kind in stages.split("-"):
         kernel = 1 if kind == "pw" else draw(st.sampled_from([3, 5]))
         step = draw(st.sampled_from([1, 2])) if kind != "pw" else 1
