@@ -378,9 +378,9 @@ def _no_wgmma(seg: Segment, tile: Tile) -> str:
     """What wgmma needs and does not find; empty if it finds all."""
     if seg.element != 2 or seg.scaled or seg.mean:
         return "float16, and X as it is"
-    staged = "conv" in seg.stages and not seg.streams
-    if staged or not (seg.project or seg.first) or (seg.first and not seg.depthwise):
-        return "pointwise stages, with a depthwise between two, or a dense one over whole groups of channels"
+    stem = seg.first is not None and seg.first.kind == "conv"
+    if stem or not (seg.project or seg.first) or (seg.first and not seg.depthwise):
+        return "pointwise stages, with a depthwise between two, or a lone dense one"
     if tile.warps_m % 4 or (seg.first and tile.chunk > 128):
         return "warps_m to be a multiple of 4, and of a chunk at most 128 channels"
     if seg.project and tile.warps_n > 1 and block_n(seg, tile) % (tile.warps_n * seg.group):

@@ -410,7 +410,7 @@ constexpr const char* illegal(const Spec& s) {
   if (t.wgmma != 0 && t.wgmma != 1) return "wgmma must be 0 or 1";
   if (t.wgmma && s.type != Type::float16) return "wgmma needs float16";
   if (t.wgmma && (s.scaled || s.mean)) return "wgmma reads X as it is";
-  if (t.wgmma && (s.first == Dense::none || !s.depthwise) && s.project != Dense::pointwise && !streams_input(s))
+  if (t.wgmma && (s.first == Dense::none || !s.depthwise) && !has_project(s))
     return "wgmma needs a pointwise in front of a depthwise, or a project";
   if (t.wgmma && s.first == Dense::convolution) return "wgmma needs pointwise";
   if (t.wgmma && s.first != Dense::none && !s.depthwise) return "wgmma needs a depthwise between pointwise stages";

@@ -101,8 +101,7 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     tile = {"tile_h": tile_h, "tile_w": tile_w, "images": images, "patch_h": patch_h, "chunk": chunk}
     tile |= {"warps_m": warps_m, "warps_n": warps_n, "block_n": block_n, "split": split}
     tile["resident"] = rng.choice((0, 1))
-    streams = chain == "conv" and c_in == 32 and fields["input_nchw"] == "false"
-    if (chain in ("pw", "dw-pw", "pw-dw", "pw-dw-pw") or streams) and type_ == "float16" and rng.random() < 0.6:
+    if chain in ("pw", "conv", "dw-pw", "pw-dw", "pw-dw-pw") and type_ == "float16" and rng.random() < 0.6:
         tile["wgmma"], tile["warps_m"] = 1, 4 * -(-warps_m // 4)
         tile["chunk"] = min(chunk, 128)
         fields["scaled"] = "false"
