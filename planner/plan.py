@@ -137,9 +137,10 @@ def _spatial(seg: Segment, least_filled: float, wgmma: int = 0) -> Iterator[Tile
     if not seg.depthwise:
         for patch_h in (1, 2, 4):
             # A gathered convolution in thread blocks of one or two warps took twice as long as in four.
-            for warps_m in (4, 8) if wgmma or (seg.stages == "conv" and not seg.streams) else (1, 2, 4, 8):
+            gathers = seg.stages == "conv" and not seg.streams
+            for warps_m in (4, 8) if wgmma or gathers else (1, 2, 4, 8):
                 pixels = 16 * patch_h * warps_m
-                if pixels == 16 or pixels < 2 * seg.batch * out_h * out_w:
+                if pixels <= (64 if gathers else 16) or pixels < 2 * seg.batch * out_h * out_w:
                     yield Tile(tile_h=1, tile_w=pixels, patch_h=patch_h, warps_m=warps_m, wgmma=wgmma)
         return
     widths = _lengths(out_w, True)
