@@ -500,6 +500,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         if not seg.project:  # stores follow at once, and the next pixels' loads before them
             large = seg.depthwise.taps > 9
             pixels = max(pixels, 12 if tile.patch_h <= 4 else 18) + (12 * max(seg.depthwise.stride) if large else 0)
+            if large and seg.element == 4 and tile.resident:
+                pixels += 32
         depthwise = 4 * min(seg.depthwise.taps, 9) + pixels * tile.patch_h + 4
         if not seg.first and not tile.resident and seg.middle_groups <= tile.chunk // seg.group:
             # One chunk: sums begin when it has ended.
@@ -514,6 +516,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         phase += 16 + 8 * tile.patch_h
     if seg.project and seg.element == 4:
         phase += 16 + (8 if min(tile.images, tile.patch_h) > 1 else 0)  # operands rounded to TF32
+        if seg.stages == "dw-pw" and gpu.sm < 90:  # and the places of asynchronous copies
+            phase += 16
     gathers = seg.stages == "conv" and not seg.streams
     if gathers and seg.element == 2:  # the compiler gathers the operands of all products at once
         phase += 72 * tile.patch_h - 50
