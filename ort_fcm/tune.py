@@ -22,6 +22,7 @@ from ort_fcm.errors import FcmError
 from ort_fcm.library import measure_module
 from ort_fcm.planner import Chain, Gpu, Layer, Module, Plan, PlannerError, Tile, candidates, module_of, plan_chain
 from ort_fcm.planner import gpu as gpu_by_name
+from ort_fcm.planner.chain import STEM_CHANNELS
 from ort_fcm.planner.cost import Segment, estimate, illegal, segment
 from ort_fcm.planner.gate import rows
 
@@ -32,7 +33,6 @@ BRIBE = 1e6  # microseconds that no plan can resist
 AFTER_CHOSEN = 0.01  # of any other tile: the planner's choices come first
 REFINED = 2  # the best measured, of which variations are tried
 REFINED_PRIORITY = 0.25  # these come as if they made their module so much slower than estimated
-NCHW_CHANNELS = 4  # a dense convolution of so few channels is a stem, which reads [N, C, H, W]
 PARAMETERS = {"clip": (0.0, 6.0), "hardsigmoid": (1 / 6, 0.5), "leakyrelu": (0.1, 0.0)}
 
 # Microseconds of a module, given its description for the library and the shape of X; FcmError where it cannot run.
@@ -69,7 +69,7 @@ def describe(seg: Segment, tile: Tile, gpu: Gpu) -> str:
 
 
 def reads_nchw(seg: Segment) -> bool:
-    return bool(seg.layers[0].kind == "conv" and seg.c_in <= NCHW_CHANNELS)
+    return bool(seg.layers[0].kind == "conv" and seg.c_in <= STEM_CHANNELS)
 
 
 def x_shape(seg: Segment) -> tuple[int, int, int, int]:

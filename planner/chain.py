@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 
 KINDS = ("dw", "pw", "conv")
+STEM_CHANNELS = 4  # a dense convolution over so few is a stem: it reads [N, C, H, W], and has other stages behind it
 ACTIVATIONS = (
     "none", "relu", "clip", "hardswish", "silu", "hardsigmoid", "sigmoid", "gelu", "gelu_tanh", "leakyrelu", "prelu",
     "tanh",

@@ -13,7 +13,7 @@ from math import gcd
 from typing import NamedTuple
 
 from . import gate
-from .chain import STAGES, Chain, Layer, Tile, ceil_div, round_up
+from .chain import STAGES, STEM_CHANNELS, Chain, Layer, Tile, ceil_div, round_up
 from .gpus import Gpu
 
 
@@ -86,7 +86,6 @@ _TENSOR = {75: (0.25, 1.0), 80: (0.5, 1.0), 86: (0.25, 1.0), 87: (0.5, 1.0), 89:
 _ACTIVATION = {"none": 0, "relu": 1, "clip": 2, "hardswish": 4, "hardsigmoid": 3, "leakyrelu": 2, "prelu": 3,
                "silu": 8, "sigmoid": 7, "tanh": 6, "gelu": 16, "gelu_tanh": 12}  # fmt: skip
 
-STEM_CHANNELS = 4  # of the input of a dense convolution in front of other stages
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
 FRAGMENT = 512  # bytes of an operand of a warp: 32 lanes x 16

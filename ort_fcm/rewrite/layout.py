@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnx import NodeProto, TensorProto, helper
 
+from ort_fcm.planner.chain import STEM_CHANNELS
 from ort_fcm.rewrite.graph import BINARY, UNARY, Array, View, attributes, captured
-from ort_fcm.rewrite.match import STEM_CHANNELS
 from ort_fcm.rewrite.plan import Segment
 
 

@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from ort_fcm.planner.chain import STEM_CHANNELS
 from ort_fcm.rewrite.activation import Activation, activation_after
 from ort_fcm.rewrite.graph import Array, View, attributes, operator
 
 CONVOLUTIONS = ("Conv", "FusedConv", "ConvInteger", "QLinearConv")
-STEM_CHANNELS = 4  # a dense convolution over so few reads X in either layout, and has other stages behind it
-DENSE_CHANNELS = 64  # one over more input channels is better left to cuDNN
+DENSE_CHANNELS = 64  # a dense convolution over more input channels is better left to cuDNN
 OLDEST_OPSET = 7  # before it, elementwise operators broadcast by an attribute
 NO_ACTIVATION = Activation()
 _FUSED_CONV = {  # com.microsoft FusedConv's attribute -> (kind, default parameters)
