@@ -36,7 +36,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from ort_fcm.planner import Chain, Layer, Module, candidates
+from ort_fcm.planner import Chain, Gpu, Layer, Module, candidates
 from ort_fcm.planner import gpu as gpu_by_name
 from rich import print as show
 from rich.table import Table
@@ -199,10 +199,13 @@ def chain_of(case: Case) -> Chain:
     return Chain(layers, case.batch, case.h, case.w, "float16" if case.dtype == "float16" else "float32")
 
 
-def planned(case: Case, gpu: str, limit: int = 0) -> dict[str, Module]:
-    """The planner's `limit` best tiles for the whole module (0: all), by tile text, best first."""
-    found = candidates(chain_of(case), gpu_by_name(gpu), 0, len(case.stages) - 1, limit=limit)
-    return {str(module.tile): module for module in found}
+def planned(case: Case, gpu: str | Gpu, limit: int = 0) -> dict[str, Module]:
+    """The planner's `limit` best tiles for the whole module (0: all), by tile text, best first. It plans float32 for
+    TF32: tiles that need it are left out where the case does not allow it."""
+    card = gpu_by_name(gpu) if isinstance(gpu, str) else gpu
+    found = candidates(chain_of(case), card, 0, len(case.stages) - 1)
+    legal = [module for module in found if case.dtype != "float32" or not module.tile.wgmma]
+    return {str(module.tile): module for module in legal[: limit or None]}
 
 
 def compile_all(texts: Sequence[str], architecture: str) -> list[Path | str]:

@@ -20,17 +20,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from ort_fcm.planner import Gpu, candidates
+from ort_fcm.planner import Gpu
 from ort_fcm.planner import gpu as gpu_by_name
 
 from benchmarks.case import DEVIATIONS, Case, describe
 from benchmarks.driver import Cuda, CudaError
-from benchmarks.modules import Bench, Host, chain_of, compile_all
+from benchmarks.modules import Bench, Host, compile_all, planned
 from ort_fcm import library
 from tests.gpu.cases import CHAINS, random_case
 
 TYPES = ("float16", "tf32", "float32")
-FEATURES = ("split=2", "split=8", "warps_n=2", "images=2", "patch_h=2", "resident=1")
+FEATURES = ("split=2", "split=8", "warps_n=2", "images=2", "patch_h=2", "resident=1", "wgmma=1")
 DRAWS = 12  # modules of a chain and type among which one with a feature is sought
 SMS = 2  # launched as if the GPU had so few multiprocessors: resident thread blocks then have several tiles each
 OUTCOMES = ("ran", "wrong", "refused", "not compiled", "left")
@@ -52,15 +52,11 @@ class Trial:
         return set(self.case.tile.split()) & set(FEATURES)
 
 
-def _ranked(case: Case, gpu: Gpu) -> list[str]:
-    return [str(module.tile) for module in candidates(chain_of(case), gpu, 0, len(case.stages) - 1)]
-
-
 def _of_kind(chain: str, dtype: str, seed: int, numbers: int, gpu: Gpu) -> Iterator[Case]:
     wanted, drawn = list(FEATURES), 0
     for number in range(numbers + DRAWS):
         case = random_case(chain, dtype, number, seed)
-        ranked = _ranked(case, gpu)
+        ranked = list(planned(case, gpu))
         if not ranked:  # it is too large
             continue
         tiles = [ranked[0], ""] if drawn < numbers else []

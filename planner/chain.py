@@ -159,7 +159,7 @@ class Tile:
     split: int = 1  # thread blocks of a cluster that share the middle channels
     blocks: int = 1  # thread blocks an SM should hold: bounds the registers of a thread
     resident: int = 0  # 1: all weights stay in shared memory, and a thread block works through many tiles
-    wgmma: int = 0  # 1: four warps multiply 64 pixels at once, from shared memory (compute capability 9.0, float16)
+    wgmma: int = 0  # 1: four warps multiply 64 pixels at once, from shared memory (compute capability 9.0)
 
     def __str__(self) -> str:
         return " ".join(f"{field.name}={getattr(self, field.name)}" for field in fields(self))

@@ -375,8 +375,8 @@ def illegal(seg: Segment, tile: Tile) -> str:
 
 def _no_wgmma(seg: Segment, tile: Tile) -> str:
     """What wgmma needs and does not find; empty if it finds all."""
-    if seg.element != 2 or seg.scaled or seg.mean:
-        return "float16, and X as it is"
+    if seg.scaled or seg.mean:
+        return "X as it is"
     stem = seg.first is not None and seg.first.kind == "conv"
     if stem or not (seg.project or seg.first) or (seg.first and not seg.depthwise):
         return "pointwise stages, with a depthwise between two, or a lone dense one"
@@ -513,7 +513,7 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         phase += 16 * max(seg.depthwise.stride) if seg.depthwise.taps <= 9 else 8 + 8 * tile.patch_h
     if seg.scaled:
         phase += 16 + 8 * tile.patch_h
-    if seg.project and seg.element == 4:
+    if seg.project and seg.element == 4 and not tile.wgmma:
         phase += 16 + (8 if min(tile.images, tile.patch_h) > 1 else 0)  # operands rounded to TF32
         if seg.stages == "dw-pw" and gpu.sm < 90:  # and the places of asynchronous copies
             phase += 16
@@ -713,8 +713,12 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         if _exchanges(seg, t):
             passed = groups * t.patch_h * 2
             loads += 0 if t.wgmma else passed
+            if t.wgmma and e == 4:  # rounded to TF32 where it is written, or copied
+                values += passed / t.warps_n * 4
             if seg.streams:
                 copied += passed * 512 * t.warps_m
+                if t.wgmma and e == 4:
+                    loads, stores = loads + passed / t.warps_n, stores + passed / t.warps_n
             else:
                 stores += passed / t.warps_n
         if seg.scaled:

@@ -172,7 +172,7 @@ def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
     chunks = [n * group for n in (1, 2, 4) if n == 1 or n <= seg.middle_groups]
     cuts = sorted({round_up(ceil_div(padded, n), group) for n in (1, 2, 3, 4, 6, 8)}, reverse=True)
     gathers = seg.stages == "conv" and not seg.streams
-    products = (0, 1) if gpu.sm == 90 and seg.element == 2 and not gathers else (0,)  # of a warp, or of four
+    products = (0, 1) if gpu.sm == 90 and not gathers else (0,)  # of a warp, or of four
     for base in (base for wgmma in products for base in _spatial(seg, least_filled, wgmma)):
         if seg.depthwise:
             grid = tiling(seg, base).tiles * ceil_div(seg.batch, base.images)

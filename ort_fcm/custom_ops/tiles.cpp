@@ -1,4 +1,5 @@
-// The tile of a node: its own if it fits the device, else the first that does of a short ladder.
+// The tile of a node: its own if it fits the device, at least without `wgmma`, else the first that does of a short
+// ladder.
 #include <algorithm>
 #include <charconv>
 #include <sstream>
@@ -118,6 +119,8 @@ Fitted fit_tile(Spec spec, const std::string& tile, const Limits& limits) {
   if (given) {
     replaced = misfit(spec, limits);
     if (replaced.empty()) return {spec, ""};
+    spec.tile.wgmma = 0;
+    if (misfit(spec, limits).empty()) return {spec, replaced};
   }
   std::string reason;
   for (const Tile& candidate : ladder(spec, limits)) {

@@ -404,6 +404,9 @@ struct Module {
   FCM_DEVICE static int warpgroup() { return warp_uniform(thread_index() / 128); }
   FCM_DEVICE static int first_row(int i) { return (warpgroup() + i * kWarpgroups) * 64; }
 
+  FCM_DEVICE char* first_place(int kg, int row, int column) const {
+    return shared + kInputAt + (kg * kFirstRows + row / 8 * 8) * 64 + swizzled(row % 8, column);
+  }
   // X under the halo region: of each group of channels, a row of 64 bytes a pixel.
   FCM_DEVICE void copy_first_input(const T& at) {
     if constexpr (kWgmma && kFirst) {
@@ -414,7 +417,7 @@ struct Module {
         FCM_UNROLL
         for (int kg = 0; kg < kFirstGroups; ++kg) {
           const int k = kg * kGroup + column * L::kLane;
-          char* to = shared + kInputAt + (kg * kFirstRows + row / 8 * 8) * 64 + swizzled(row % 8, column);
+          char* to = first_place(kg, row, column);
           if constexpr (vector_input(S)) {
             const bool valid = q.valid && k < S.c_in;
             copy_async(to, valid ? In::address(p, S.first_window, q.n, q.y, q.x, k) : (const char*)p.x, valid);
@@ -429,6 +432,31 @@ struct Module {
         for (int side = 0; side < 2; ++side) {
           const Pixel q = at.halo_pixel(first_row(i) + L::warp() % 4 * 16 + side * 8 + L::row());
           halo_offsets[i][side] = at.halo_offset(q) + L::column() * 16;
+        }
+      }
+    }
+  }
+  // Copies bring X as it is: where a warpgroup reads floats, each thread rounds what it has copied, once it is there.
+  static constexpr bool kRoundsCopies = kWgmma && S.type == Type::tf32 && vector_input(S);
+  FCM_DEVICE static void round_copied(char* at) { *(Vec*)at = L::operand(*(const Vec*)at); }
+  FCM_DEVICE void round_first_input() const {
+    if constexpr (kRoundsCopies && kFirst) {
+      const int vectors = round_up(place.halo_pixels(), 64) * 4;
+      for (int i = thread_index(); i < vectors; i += kThreads) {
+        FCM_UNROLL
+        for (int kg = 0; kg < kFirstGroups; ++kg) round_copied(first_place(kg, i / 4, i % 4));
+      }
+    }
+  }
+  FCM_DEVICE void round_streamed(int step) const {
+    if constexpr (kRoundsCopies && kStreams) {
+      FCM_UNROLL
+      for (int gi = 0; gi < kChunkGroups; ++gi) {
+        if (gi % S.tile.warps_n != L::warp_n()) continue;
+        FCM_UNROLL
+        for (int py = 0; py < P; ++py) {
+          FCM_UNROLL
+          for (int side = 0; side < 2; ++side) round_copied(exchange_buffer(step) + exchange_offset(gi, py, side));
         }
       }
     }
@@ -448,8 +476,8 @@ struct Module {
       const int row = min(first_row(i0 + m), kFirstRows - 64);  // what is beyond has no place to go
       FCM_UNROLL
       for (int s = 0; s < kFirstSteps; ++s)
-        wgmma<kFirstN>(&c[m][0][0][0], shared + kInputAt + (s / 2 * kFirstRows + row) * 64, buffer + s / 2 * kFragment,
-                       kFirstGroups * kFragment, s % 2);
+        wgmma<S.type, kFirstN>(&c[m][0][0][0], shared + kInputAt + (s / 2 * kFirstRows + row) * 64,
+                               buffer + s / 2 * kFragment, kFirstGroups * kFragment, s % 2);
     }
     wgmma_commit();
   }
@@ -479,8 +507,8 @@ struct Module {
       for (int s = 0; s < 2; ++s) {
         FCM_UNROLL
         for (int py = 0; py < P; ++py)
-          wgmma<kN>(&sums[py][0][0][0], fragments + (gi * P + py) * S.tile.warps_m * 2 * kFragment,
-                    weights + gi * (block_n(S) / 8) * kFragment, kFragment, s);
+          wgmma<S.type, kN>(&sums[py][0][0][0], fragments + (gi * P + py) * S.tile.warps_m * 2 * kFragment,
+                            weights + gi * (block_n(S) / 8) * kFragment, kFragment, s);
       }
     }
     wgmma_commit();
@@ -588,7 +616,8 @@ struct Module {
         for (int py = 0; py < P; ++py) {
           FCM_UNROLL
           for (int side = 0; side < 2; ++side)
-            *(Vec*)(exchange_buffer(step) + exchange_offset(gi, py, side)) = d[py][side];
+            *(Vec*)(exchange_buffer(step) + exchange_offset(gi, py, side)) =
+                kWgmma ? L::operand(d[py][side]) : d[py][side];
         }
       } else {
         project(d, step, gi);
@@ -704,6 +733,7 @@ struct Module {
     }
     if constexpr (kWgmma && kAhead > 0) {
       copy_async_wait<0>();
+      round_first_input();
       wgmma_reads();
       block_sync();
       multiply(-1);
@@ -713,7 +743,10 @@ struct Module {
     for (int step = 0; step < steps + kLag; ++step) {
       copy_async_wait<kEarly - 1>();
       if (kResident ? !kAhead && phase + step == 0 : !kAhead || step > 0) wait_for_weights(step);
-      if constexpr (kWgmma) wgmma_reads();
+      if constexpr (kWgmma) {
+        round_streamed(step);
+        wgmma_reads();
+      }
       block_sync();
       if constexpr (!kResident) copy_weights(step + kEarly);
       if (step + kEarly < steps) {

@@ -3,13 +3,15 @@
 // implements the same names on the CPU, where the kernels' own source runs under sanitizers.
 #pragma once
 
+#include "spec.h"
+
 #ifdef FCM_CPU
 #include "primitives_cpu.h"
 #else
 
 #define FCM_DEVICE __device__ __forceinline__
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define FCM_WGMMA
+#define FCM_WARPGROUPS
 #endif
 #define FCM_UNROLL _Pragma("unroll")
 
@@ -291,19 +293,19 @@ FCM_DEVICE u64 row_blocks(const char* shared, int stride) {
 // What this thread wrote to shared memory may be multiplied by others after the next barrier.
 FCM_DEVICE void wgmma_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 FCM_DEVICE void wgmma_fence() {
-#ifdef FCM_WGMMA
+#ifdef FCM_WARPGROUPS
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }
 FCM_DEVICE void wgmma_commit() {
-#ifdef FCM_WGMMA
+#ifdef FCM_WARPGROUPS
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 #endif
 }
 // Until all but the PENDING last committed are done; `sums` are their results.
 template <int PENDING, class Sums>
 FCM_DEVICE void wgmma_wait(Sums& sums) {
-#ifdef FCM_WGMMA
+#ifdef FCM_WARPGROUPS
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
   float* d = (float*)&sums;
   FCM_UNROLL
@@ -311,7 +313,8 @@ FCM_DEVICE void wgmma_wait(Sums& sums) {
 #endif
 }
 
-#define FCM_R16 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define FCM_R8 "%0,%1,%2,%3"
+#define FCM_R16 FCM_R8 ",%4,%5,%6,%7"
 #define FCM_R32 FCM_R16 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define FCM_R48 FCM_R32 ",%16,%17,%18,%19,%20,%21,%22,%23"
 #define FCM_R64 FCM_R48 ",%24,%25,%26,%27,%28,%29,%30,%31"
@@ -323,30 +326,37 @@ FCM_DEVICE void wgmma_wait(Sums& sums) {
   FCM_R192                                                                       \
   ",%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111" \
   ",%112,%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define FCM_D8(i)                                                                                             \
-  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
-      "+f"(d[i + 7])
-#define FCM_D16 FCM_D8(0)
-#define FCM_D32 FCM_D16, FCM_D8(8)
-#define FCM_D48 FCM_D32, FCM_D8(16)
-#define FCM_D64 FCM_D48, FCM_D8(24)
-#define FCM_D96 FCM_D64, FCM_D8(32), FCM_D8(40)
-#define FCM_D128 FCM_D96, FCM_D8(48), FCM_D8(56)
-#define FCM_D160 FCM_D128, FCM_D8(64), FCM_D8(72)
-#define FCM_D192 FCM_D160, FCM_D8(80), FCM_D8(88)
-#define FCM_D256 FCM_D192, FCM_D8(96), FCM_D8(104), FCM_D8(112), FCM_D8(120)
-#define FCM_WGMMA_N(N, A, B)                                                                                           \
-  if constexpr (kN == N)                                                                                               \
-  asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" FCM_R##N \
-               "}, %" #A ", %" #B ", p, 1, 1, 0, 0;}"                                                                  \
-               : FCM_D##N                                                                                              \
+#define FCM_SUMS4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FCM_SUMS8(i) FCM_SUMS4(i), FCM_SUMS4(i + 4)
+#define FCM_D8 FCM_SUMS4(0)
+#define FCM_D16 FCM_SUMS8(0)
+#define FCM_D32 FCM_D16, FCM_SUMS8(8)
+#define FCM_D48 FCM_D32, FCM_SUMS8(16)
+#define FCM_D64 FCM_D48, FCM_SUMS8(24)
+#define FCM_D96 FCM_D64, FCM_SUMS8(32), FCM_SUMS8(40)
+#define FCM_D128 FCM_D96, FCM_SUMS8(48), FCM_SUMS8(56)
+#define FCM_D160 FCM_D128, FCM_SUMS8(64), FCM_SUMS8(72)
+#define FCM_D192 FCM_D160, FCM_SUMS8(80), FCM_SUMS8(88)
+#define FCM_D256 FCM_D192, FCM_SUMS8(96), FCM_SUMS8(104), FCM_SUMS8(112), FCM_SUMS8(120)
+#define FCM_WGMMA(N, A, B, KIND, TRANSPOSED)                                                                 \
+  asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N KIND " {" FCM_R##N \
+               "}, %" #A ", %" #B ", p, 1, 1" TRANSPOSED ";}"                                                \
+               : FCM_D##N                                                                                    \
                : "l"(row_blocks(a, 512) + 2 * half), "l"(row_blocks(b, stride) + 2 * half))
+#define FCM_WGMMA_N(N, A, B)                           \
+  if constexpr (kN == N) {                             \
+    if constexpr (TYPE == Type::float16)               \
+      FCM_WGMMA(N, A, B, "k16.f32.f16.f16", ", 0, 0"); \
+    else                                               \
+      FCM_WGMMA(N, A, B, "k8.f32.tf32.tf32", "");      \
+  }
 
-// d[64 x N] += a * b: 16 of the 32 channels (`half` 0 or 1) of 64 rows at `a` and of N rows at `b`, whose row blocks
-// are `stride` bytes apart. Of four warps, warp i has rows 16 * i on, laid over its lanes like mma_half's results.
-template <int N>
+// d[64 x N] += a * b: half the channels of a group (`half` 0 or 1) of 64 rows at `a` and of N rows at `b`, whose row
+// blocks are `stride` bytes apart. Of four warps, warp i has rows 16 * i on, laid over its lanes like mma_half's
+// results. Of floats it reads TF32's bits alone: whoever writes them rounds.
+template <Type TYPE, int N>
 FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int half) {
-  static_assert(N % 16 == 0, "rows come in pairs of row blocks");
+  static_assert(N % 8 == 0, "rows come in row blocks");
   constexpr int kN = N >= 256   ? 256
                      : N >= 192 ? 192
                      : N >= 160 ? 160
@@ -355,8 +365,10 @@ FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int ha
                      : N >= 64  ? 64
                      : N >= 48  ? 48
                      : N >= 32  ? 32
-                                : 16;
-#ifdef FCM_WGMMA
+                     : N >= 16  ? 16
+                                : 8;
+#ifdef FCM_WARPGROUPS
+  FCM_WGMMA_N(8, 4, 5);
   FCM_WGMMA_N(16, 8, 9);
   FCM_WGMMA_N(32, 16, 17);
   FCM_WGMMA_N(48, 24, 25);
@@ -367,7 +379,7 @@ FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int ha
   FCM_WGMMA_N(192, 96, 97);
   FCM_WGMMA_N(256, 128, 129);
 #endif
-  if constexpr (N > kN) wgmma<N - kN>(d + kN / 2, a, b + kN / 8 * stride, stride, half);
+  if constexpr (N > kN) wgmma<TYPE, N - kN>(d + kN / 2, a, b + kN / 8 * stride, stride, half);
 }
 
 // ---- Mathematics

@@ -53,11 +53,12 @@ struct Copy {
   bool valid;
 };
 
-// 16 channels of 64 rows times those of `columns` rows, for this lane's rows.
+// Half a group of channels of 64 rows times those of `columns` rows, for this lane's rows.
 struct Product {
   float* d;
   const char *a, *b;
   int columns, stride, half;
+  Type type;
 };
 
 struct Arrivals {  // a barrier for bulk copies
@@ -335,6 +336,7 @@ FCM_DEVICE void mma_half(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32
   }
   cpu::pass(cpu::warp().gate);
 }
+constexpr u32 kReadOfTf32 = ~0x1fffu;  // the hardware reads no more than TF32's bits
 FCM_DEVICE void mma_tf32(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   cpu::publish(a0, a1, a2, a3, b0, b1);
   const cpu::Warp& w = cpu::warp();
@@ -342,9 +344,8 @@ FCM_DEVICE void mma_tf32(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32
     const int row = cpu::lane() / 4, column = cpu::lane() % 4 * 2 + i % 2;
     d[i] = c[i];
     for (int k = 0; k < 8; ++k) {
-      const u32 mask = ~0x1fffu;  // the hardware reads no more than TF32's bits
-      const float x = bits_float(w.a[row * 4 + k % 4][k / 4 * 2 + i / 2] & mask);
-      d[i] += x * bits_float(w.b[column * 4 + k % 4][k / 4] & mask);
+      const float x = bits_float(w.a[row * 4 + k % 4][k / 4 * 2 + i / 2] & kReadOfTf32);
+      d[i] += x * bits_float(w.b[column * 4 + k % 4][k / 4] & kReadOfTf32);
     }
   }
   cpu::pass(cpu::warp().gate);
@@ -355,14 +356,15 @@ FCM_DEVICE void wgmma_fence() {}
 FCM_DEVICE void wgmma_commit() { cpu::self().products.emplace_back(); }
 inline void multiply(const cpu::Product& q) {
   const auto at = [&](const char* from, int row, int k, int stride) {
-    const int byte = q.half * 32 + k * 2;
-    std::uint16_t h;
-    std::memcpy(&h, from + row / 8 * stride + swizzled(row % 8, byte / 16) + byte % 16, 2);
-    return half_to_float(h);
+    const int byte = q.half * 32 + k * element_bytes(q.type);
+    const char* element = from + row / 8 * stride + swizzled(row % 8, byte / 16) + byte % 16;
+    u32 bits = 0;
+    std::memcpy(&bits, element, element_bytes(q.type));
+    return q.type == Type::float16 ? half_to_float((std::uint16_t)bits) : bits_float(bits & kReadOfTf32);
   };
   const int row0 = cpu::self().thread / 32 % 4 * 16 + cpu::lane() / 4;
   for (int i = 0; i < q.columns / 2; ++i)
-    for (int k = 0; k < 16; ++k)
+    for (int k = 0; k < group(q.type) / 2; ++k)
       q.d[i] += at(q.a, row0 + i % 4 / 2 * 8, k, 512) * at(q.b, i / 4 * 8 + cpu::lane() % 4 * 2 + i % 2, k, q.stride);
 }
 // As on the GPU, sums change no sooner than they are waited for.
@@ -374,10 +376,10 @@ FCM_DEVICE void wgmma_wait(Sums&) {
     products.erase(products.begin());
   }
 }
-template <int N>
+template <Type TYPE, int N>
 FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int half) {
   if ((a - shared_memory()) % 512 || (b - shared_memory()) % 512) std::abort();  // misaligned
-  cpu::self().products.back().push_back({d, a, b, N, stride, half});
+  cpu::self().products.back().push_back({d, a, b, N, stride, half, TYPE});
 }
 
 FCM_DEVICE u32 round_tf32(float x) { return float_bits(round_to_tf32(x)); }

@@ -57,7 +57,7 @@ struct Tile {
   int split = 1;               // thread blocks of a cluster that share the middle channels (sm_90 and later)
   int blocks = 1;              // thread blocks an SM should hold: bounds the registers of a thread
   int resident = 0;            // 1: all weights stay in shared memory, and a thread block works through many tiles
-  int wgmma = 0;               // 1: four warps multiply 64 pixels at once, from shared memory (sm_90a only)
+  int wgmma = 0;               // 1: four warps multiply 64 pixels at once, from shared memory (sm_90a, not float32)
 };
 
 struct Spec {
@@ -408,7 +408,7 @@ constexpr const char* illegal(const Spec& s) {
   if (t.split > chunks(s)) return "split must not exceed the chunks";
   if (t.resident != 0 && t.resident != 1) return "resident must be 0 or 1";
   if (t.wgmma != 0 && t.wgmma != 1) return "wgmma must be 0 or 1";
-  if (t.wgmma && s.type != Type::float16) return "wgmma needs float16";
+  if (t.wgmma && s.type == Type::float32) return "wgmma needs float16 or TF32";
   if (t.wgmma && (s.scaled || s.mean)) return "wgmma reads X as it is";
   if (t.wgmma && (s.first == Dense::none || !s.depthwise) && !has_project(s))
     return "wgmma needs a pointwise in front of a depthwise, or a project";

@@ -11,6 +11,7 @@ ACTIVATIONS = (
 PARAMETERS = {"clip": (-0.5, 1.5), "hardsigmoid": (0.2, 0.4), "leakyrelu": (0.1, 0.0)}
 TYPES = ("float16", "tf32", "float32")
 CHAINS = "dw pw conv dw-pw pw-dw conv-dw pw-pw conv-pw pw-dw-pw conv-dw-pw mean-pw-pw".split()
+WARPGROUP_CHAINS = "pw conv dw-pw pw-dw pw-dw-pw".split()
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,12 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     tile = {"tile_h": tile_h, "tile_w": tile_w, "images": images, "patch_h": patch_h, "chunk": chunk}
     tile |= {"warps_m": warps_m, "warps_n": warps_n, "block_n": block_n, "split": split}
     tile["resident"] = rng.choice((0, 1))
-    if chain in ("pw", "conv", "dw-pw", "pw-dw", "pw-dw-pw") and type_ == "float16" and rng.random() < 0.6:
+    if chain in WARPGROUP_CHAINS and type_ != "float32" and rng.random() < 0.6:
         tile["wgmma"], tile["warps_m"] = 1, 4 * -(-warps_m // 4)
         tile["chunk"] = min(chunk, 128)
         fields["scaled"] = "false"
         if warps_n == 2:  # both have whole groups
-            fields["c_out"] = str(2 * group - rng.choice((0, 7, 8)))
+            fields["c_out"] = str(2 * group - rng.choice((0, 1, 7)))
         if not last_dense:
             fields["c_out"] = fields["c_mid"]
     fields |= {f"tile.{key}": str(value) for key, value in tile.items()}
@@ -139,11 +140,18 @@ def _out(fields: dict[str, str], pixels: int, side: int) -> int:
 
 
 def cases(seed: int, random_cases: int) -> list[Case]:
-    """Every chain, every activation, sums of Y, factors of X, and `random_cases` more."""
+    """Every chain, every activation, sums of Y, factors of X, TF32 by warpgroups, and `random_cases` more."""
     rng = random.Random(seed)
     drawn = [draw(rng, chain, TYPES[(i + seed) % 3]) for i, chain in enumerate(CHAINS)]
     drawn += [draw(rng, "pw-dw-pw", "float16", activation) for activation in ACTIVATIONS]
     for chain, field in (("pw-dw", "pool"), ("dw", "pool"), ("pw", "scaled"), ("pw-pw", "scaled")):
         flagged = (draw(rng, chain, rng.choice(TYPES)) for _ in range(1000))
         drawn.append(next(case for case in flagged if dict(case.fields)[field] == "true"))
+    drawn += [warpgroups(rng, chain, "tf32") for chain in WARPGROUP_CHAINS]
     return drawn + [draw(rng, rng.choice(CHAINS), rng.choice(TYPES)) for _ in range(random_cases)]
+
+
+def warpgroups(rng: random.Random, chain: str, type_: str) -> Case:
+    """A random module of one of WARPGROUP_CHAINS, in float16 or tf32, that warpgroups multiply."""
+    drawn = (draw(rng, chain, type_) for _ in range(1000))
+    return next(case for case in drawn if dict(case.fields).get("tile.wgmma") == "1")

@@ -83,6 +83,15 @@ def test_a_tile_that_does_not_fit_is_replaced(tile: str, reason: str) -> None:
     assert (again["tile"], again["replaced"]) == (found["tile"], "")
 
 
+def test_float32_runs_a_tile_for_tf32_without_warpgroups() -> None:
+    tile = "tile_h=4 tile_w=8 chunk=32 warps_m=4 wgmma=1"
+    planned = library.kernel_resources(_BLOCK.description("tf32", tile), SHARED["sm_90a"])
+    assert planned["replaced"] == ""
+    found = library.kernel_resources(_BLOCK.description("float32", tile), SHARED["sm_90a"])
+    assert found["replaced"] == "wgmma needs float16 or TF32"
+    assert found["tile"] == planned["tile"].replace("wgmma=1", "wgmma=0")
+
+
 @pytest.mark.parametrize("type_name", ["float16", "tf32", "float32"])
 def test_every_module_has_a_tile_on_the_smallest_gpu(type_name: str) -> None:
     seed = secrets.randbits(32)
