@@ -513,7 +513,9 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         phase += 16 * max(seg.depthwise.stride) if seg.depthwise.taps <= 9 else 8 + 8 * tile.patch_h
     if seg.scaled:
         phase += 16 + 8 * tile.patch_h
-    if seg.project and seg.element == 4 and not tile.wgmma:
+    if seg.project and seg.element == 4 and tile.wgmma:
+        phase += 8
+    elif seg.project and seg.element == 4:
         phase += 16 + (8 if min(tile.images, tile.patch_h) > 1 else 0)  # operands rounded to TF32
         if seg.stages == "dw-pw" and gpu.sm < 90:  # and the places of asynchronous copies
             phase += 16

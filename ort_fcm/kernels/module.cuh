@@ -470,7 +470,7 @@ struct Module {
       FCM_UNROLL
       for (int gi = 0; gi < kChunkGroups; ++gi) L::start(c[m][gi], bias + gi * kGroup);
     }
-    wgmma_fence();
+    wgmma_fence(c);
     FCM_UNROLL
     for (int m = 0; m < kBatch; ++m) {
       const int row = min(first_row(i0 + m), kFirstRows - 64);  // what is beyond has no place to go
@@ -500,7 +500,7 @@ struct Module {
     constexpr int kN = block_n(S) / S.tile.warps_n;
     const char* fragments = exchange_buffer(step) + warpgroup() % (S.tile.warps_m / 4) * 8 * kFragment;
     const char* weights = project_buffer(step) + warpgroup() / (S.tile.warps_m / 4) * (kN / 8) * kFragment;
-    wgmma_fence();
+    wgmma_fence(sums);
     FCM_UNROLL
     for (int gi = 0; gi < kChunkGroups; ++gi) {
       FCM_UNROLL

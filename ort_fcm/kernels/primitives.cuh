@@ -292,8 +292,14 @@ FCM_DEVICE u64 row_blocks(const char* shared, int stride) {
 }
 // What this thread wrote to shared memory may be multiplied by others after the next barrier.
 FCM_DEVICE void wgmma_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-FCM_DEVICE void wgmma_fence() {
+// Before products that add to `sums`. All of these are in registers of their own from here on: a copy between products
+// would wait for them.
+template <class Sums>
+FCM_DEVICE void wgmma_fence(Sums& sums) {
 #ifdef FCM_WARPGROUPS
+  float* d = (float*)&sums;
+  FCM_UNROLL
+  for (int i = 0; i < (int)(sizeof(Sums) / 4); ++i) asm volatile("" : "+f"(d[i])::"memory");
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #endif
 }

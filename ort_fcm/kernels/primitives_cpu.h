@@ -352,7 +352,8 @@ FCM_DEVICE void mma_tf32(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32
 }
 
 FCM_DEVICE void wgmma_reads() {}
-FCM_DEVICE void wgmma_fence() {}
+template <class Sums>
+FCM_DEVICE void wgmma_fence(Sums&) {}
 FCM_DEVICE void wgmma_commit() { cpu::self().products.emplace_back(); }
 inline void multiply(const cpu::Product& q) {
   const auto at = [&](const char* from, int row, int k, int stride) {
