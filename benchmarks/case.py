@@ -75,6 +75,7 @@ class Case:
     seed: int = 0
     mean: bool = False  # the stages run on the mean of X over its map
     scaled: bool = False  # X is multiplied by factors [N, C, 1, 1]
+    norm_epsilon: float = 0.0  # above 0: X is normalised over its channels
     pool: bool = False  # the second output as well: rows whose mean is that of Y over its map
 
     @property
@@ -133,6 +134,8 @@ def data_of(case: Case) -> Data:
         return (rng.standard_normal(shape, dtype=np.float32) * scale).astype(case.storage)
 
     x = normal((case.batch, case.stages[0].c_in, case.h, case.w))
+    if case.norm_epsilon:  # that has something to take away
+        x = (x + 1).astype(case.storage)
     weights = tuple(normal(s.weight_shape, float(np.prod(s.weight_shape[1:])) ** -0.5) for s in case.stages)
     biases = tuple(normal((s.c_out,), 0.5) if s.bias else None for s in case.stages)
     slopes = tuple(normal((s.c_out,), 0.5) if s.activation == "prelu" else None for s in case.stages)
@@ -158,16 +161,26 @@ def reference(case: Case, data: Data) -> tuple[Array, Array]:
         variance = ((np.abs(y).mean((2, 3), keepdims=True)) * 2.0**-24 * terms**0.5) ** 2
         y = y.mean((2, 3), keepdims=True)
         variance = variance + (unit * y) ** 2
+    seen = None  # by the products of a lone pointwise, whose result is scaled: X without its mean taken away
+    if case.norm_epsilon:
+        square, y = (y * y).mean(1, keepdims=True), y - y.mean(1, keepdims=True)
+        scale = 1 / np.sqrt((y * y).mean(1, keepdims=True) + case.norm_epsilon)
+        y, terms = y * scale, y.shape[1]
+        sums = scale**2 * square * terms * 2.0**-23  # relative errors of a difference of two sums in float32
+        variance = (unit * y) ** 2 + (2.0**-22 + sums * (len(case.stages) == 1)) ** 2 * y**2
+        seen = data.x.astype(np.float64) * scale if len(case.stages) == 1 else None
     for i, stage in enumerate(case.stages):
         weight = data.weights[i].astype(np.float64)
         groups = stage.c_in if stage.kind == "dw" else 1
         window = (stage.stride, stage.dilation, stage.pads, groups)
         terms = weight[0].size  # of a sum in float32
         # the terms' own magnitudes, rounded by the accumulation and, on tensor cores, as operands
-        squares = conv2d(y * y, weight * weight, *window)
+        squares = conv2d(y * y if seen is None else seen * seen, weight * weight, *window)
         tensor_cores = 0.0 if stage.kind == "dw" else operand
         # tensor cores truncate their sums, always towards zero; a float16 depthwise rounds each partial sum to half
         sums = terms * 2.0**-46 + (terms * 2.0**-26) ** 2
+        if seen is not None:  # weights are rounded again, without their mean
+            sums += unit**2
         if stage.kind == "dw" and case.dtype == "float16":
             sums += (terms + 1) / 2 * unit**2
         variance = conv2d(variance, weight * weight, *window) + squares * (2 * tensor_cores**2 + sums)
@@ -228,6 +241,7 @@ def model_of(case: Case, data: Data, dynamic: bool = False) -> onnx.ModelProto:
         input_layout="NCHW" if case.input_nchw else "NHWC",
         output_layout="NCHW" if case.output_nchw else "NHWC",
         tile=case.tile,
+        norm_epsilon=float(case.norm_epsilon),
     )
 
     def value(name: str, map_shape: tuple[int, ...], nchw: bool) -> onnx.ValueInfoProto:
@@ -308,6 +322,7 @@ def cases_of(model: onnx.ModelProto, dtype: str | None = None) -> dict[str, Case
             tile=a.get("tile", ""),
             mean=a["stages"].startswith("mean-"),
             scaled=len(node.input) > 11 and bool(node.input[11]),
+            norm_epsilon=a.get("norm_epsilon", 0.0),
             pool=len(node.output) > 1 and bool(node.output[1]),
         )
     return cases
@@ -337,6 +352,7 @@ def describe(case: Case) -> str:
         "residual": str(int(case.residual)),
         "pool": str(int(case.pool)),
         "scaled": str(int(case.scaled)),
+        "norm_epsilon": str(case.norm_epsilon),
     }
     return "".join(f"{name}={value}\n" for name, value in lines.items())
 

@@ -193,6 +193,7 @@ def chain_of(case: Case) -> Chain:
             pool=case.pool and i == last,
             mean=case.mean and i == 0,
             scaled=case.scaled and i == 0,
+            normed=case.norm_epsilon > 0 and i == 0,
         )
         for i, s in enumerate(case.stages)
     )

@@ -63,6 +63,7 @@ def describe(seg: Segment, tile: Tile, gpu: Gpu) -> str:
         "residual": int(seg.residual),
         "pool": int(seg.pool),
         "scaled": int(seg.scaled),
+        "norm_epsilon": 1e-6 if seg.normed else 0,
         "type": "float16" if seg.dtype == "float16" else single,
     }
     return "\n".join(f"{name}={value}" for name, value in lines.items())

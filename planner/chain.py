@@ -39,7 +39,7 @@ class Layer:
     convolution (the pieces of the activation, and the residual Add). Of a squeeze-and-excite: pool says that the mean
     of the output over its map is needed besides, so that a module can only end here; mean, that the input is such a
     mean, so that a module is this pointwise and the next; scaled, that the input is multiplied by a factor for each
-    image and channel, so that a module can only start here.
+    image and channel, so that a module can only start here. So does normed: the input is normalised over its channels.
     """
 
     kind: str
@@ -57,6 +57,7 @@ class Layer:
     pool: bool = False
     mean: bool = False
     scaled: bool = False
+    normed: bool = False
 
     def __post_init__(self) -> None:
         for key in ("kernel", "stride", "dilation", "pads"):  # lists, as JSON gives them, become hashable
@@ -74,8 +75,10 @@ class Layer:
             raise PlannerError(f"layer '{self.name}': a depthwise has as many output channels as input channels")
         if self.kind == "pw" and (self.kernel != (1, 1) or any(self.pads)):
             raise PlannerError(f"layer '{self.name}': a pw layer has a 1x1 kernel and no pads")
-        if (self.mean or self.scaled) and self.kind != "pw":
-            raise PlannerError(f"layer '{self.name}': only a pw layer takes a mean or factors")
+        if (self.mean or self.scaled or self.normed) and self.kind != "pw":
+            raise PlannerError(f"layer '{self.name}': only a pw layer takes a mean, factors or a normalised input")
+        if self.mean + self.scaled + self.normed > 1:
+            raise PlannerError(f"layer '{self.name}': of a mean, factors and a normalised input there is one at most")
         if self.pool and (self.kind != "dw" or self.residual):
             raise PlannerError(f"layer '{self.name}': only a depthwise without a residual is pooled")
 

@@ -123,6 +123,15 @@ class Segment:
     def scaled(self) -> bool:
         return self.layers[0].scaled
 
+    @property
+    def normed(self) -> bool:
+        return self.layers[0].normed
+
+    @property
+    def takes_moments(self) -> bool:
+        """Sums of x and x^2 are taken while X passes by; else `first` normalises X itself."""
+        return self.normed and self.first is None
+
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
         return tuple(layer for layer in (self.first, self.depthwise, self.project) if layer)
@@ -250,7 +259,7 @@ def segment(chain: Chain, first: int, last: int) -> Segment | None:
         return None  # its input would not fit
     if "-".join(kinds) not in STAGES or any(layer.residual or layer.pool for layer in layers[:-1]):
         return None
-    if any(layer.mean or layer.scaled for layer in layers[1:]):
+    if any(layer.mean or layer.scaled or layer.normed for layer in layers[1:]):
         return None
     if layers[0].mean and (kinds != ["pw", "pw"] or layers[0].scaled or layers[1].residual):
         return None
@@ -375,7 +384,7 @@ def illegal(seg: Segment, tile: Tile) -> str:
 
 def _no_wgmma(seg: Segment, tile: Tile) -> str:
     """What wgmma needs and does not find; empty if it finds all."""
-    if seg.scaled or seg.mean:
+    if seg.scaled or seg.mean or (seg.normed and seg.first):
         return "X as it is"
     stem = seg.first is not None and seg.first.kind == "conv"
     if stem or not (seg.project or seg.first) or (seg.first and not seg.depthwise):
@@ -454,6 +463,8 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
         if _exchanges(seg, t):
             planes += t.warps_m * groups * t.patch_h * 2 * fragment
     reduction = warps * t.patch_h * _warp_groups_n(seg, t) * (seg.group // 8) * fragment if t.split > 1 else 0
+    if seg.takes_moments and t.split > 1:
+        reduction += t.warps_m * t.patch_h * 128
     stages = 3 if seg.streams and t.wgmma and not t.resident else 2  # of what a chunk step replaces
     working = once + stages * planes + (_steps(seg, t) if t.resident else stages) * weights
     arrivals = 32
@@ -513,6 +524,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         phase += 16 * max(seg.depthwise.stride) if seg.depthwise.taps <= 9 else 8 + 8 * tile.patch_h
     if seg.scaled:
         phase += 16 + 8 * tile.patch_h
+    if seg.takes_moments:
+        phase += 4 + 18 * tile.patch_h
     if seg.project and seg.element == 4 and tile.wgmma:
         phase += 8
     elif seg.project and seg.element == 4:
@@ -693,6 +706,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         if layer:
             stores += tiles * 2 * groups
         copied_weights += weights
+        if seg.normed:  # three passes over the input of a tile: as much for each group of channels as to load it
+            tiles *= 1 + seg.first_steps / 2
     if layer:
         vectors = min((t.patch_h - 1) * layer.stride[0] + layer.reach[0], t.patch_h * layer.kernel[0])
         vectors *= min(layer.stride[1] + layer.reach[1], 2 * layer.kernel[1])
@@ -725,6 +740,13 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
                 stores += passed / t.warps_n
         if seg.scaled:
             values += groups * t.patch_h * 2 * 5
+        if seg.takes_moments:  # three products, beside those of warpgroups too
+            moments = groups * 2 * t.patch_h * 3
+            if t.wgmma:
+                values += 4 * moments
+                loads += groups * 2 * t.patch_h
+            else:
+                products += moments
         if not seg.first and not layer and not seg.streams:  # gathered from global memory
             width = 16 // e if seg.c_in % (16 // e) == 0 else 1
             values += 6 * t.patch_h * 16 * t.chunk / width / 32
@@ -858,7 +880,7 @@ def stock(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
     """A layer as separate kernels: the convolution, then each activation and Add on its own."""
     layer = chain.layers[index]
     (out_h, out_w), element = chain.maps()[index + 1], 2 if chain.dtype == "float16" else 4
-    plain = replace(layer, pool=False, mean=False, scaled=False)
+    plain = replace(layer, pool=False, mean=False, scaled=False, normed=False)
     size = (1, 1) if layer.mean else chain.maps()[index]
     lone = segment(Chain((plain,), chain.batch, *size, chain.dtype), 0, 0)
     assert lone
@@ -879,7 +901,7 @@ def stock(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
         time += _elementwise_us(moved, gpu, priors, priors.stock_elementwise_share)
     height, width = chain.maps()[index]
     inputs = chain.batch * height * width * layer.in_channels
-    for kernel, moved in ((layer.mean, element * inputs), (layer.scaled, 2 * element * inputs)):
+    for kernel, moved in ((layer.mean, element * inputs), (layer.scaled or layer.normed, 2 * element * inputs)):
         if kernel:
             traffic += moved
             time += _elementwise_us(moved, gpu, priors, priors.stock_elementwise_share)

@@ -39,7 +39,7 @@ class Module:
     first: int
     last: int
     # The stages in capitals; PWDW_R: PWDW on tiles with halo, not on whole maps. MEAN+ or SCALE+ in front and +POOL
-    # behind: the parts of a squeeze-and-excite.
+    # behind: the parts of a squeeze-and-excite. NORM+: with a LayerNormalization in front.
     variant: str
     tile: Tile
     traffic_bytes: int  # between the SMs and L2
@@ -256,7 +256,7 @@ def _module(seg: Segment, first: int, last: int, gpu: Gpu, tile: Tile, cost: Est
     out_h, out_w = seg.maps[-1]
     if variant == "PWDW" and (tile.tile_h < out_h or tile.tile_w < out_w):
         variant = "PWDW_R"
-    variant = "MEAN+" * seg.mean + "SCALE+" * seg.scaled + variant + "+POOL" * seg.pool
+    variant = "MEAN+" * seg.mean + "SCALE+" * seg.scaled + "NORM+" * seg.normed + variant + "+POOL" * seg.pool
     return Module(
         first=first,
         last=last,

@@ -232,9 +232,10 @@ class CpuKernel : public Kernel {
     const View x{inputs.x, module_.half, module_.input_nchw, inputs.map, module_.stages.front().in_channels};
     std::vector<float> buffer;
     const float* input = static_cast<const float*>(inputs.x);
-    if (module_.half || module_.input_nchw || module_.scaled) {
+    if (module_.half || module_.input_nchw || module_.scaled || module_.norm_epsilon > 0) {
       buffer = as_float_nhwc(context, x, shape.batch);
       if (module_.scaled) multiply_channels(buffer, View{inputs.scale, module_.half, false, {1, 1}, x.channels}, shape);
+      if (module_.norm_epsilon > 0) normalise(context, buffer, x.channels);
       input = buffer.data();
     }
     if (module_.mean) {
@@ -291,6 +292,19 @@ class CpuKernel : public Kernel {
       for (int64_t i = 0; i < pixels; ++i)
         for (int c = 0; c < factors.channels; ++c) *value++ *= factors.load(image * factors.channels + c);
     round(map.data(), int64_t(map.size()));
+  }
+
+  // Each pixel over its channels.
+  void normalise(ort::KernelContext* context, std::vector<float>& map, int channels) const {
+    parallel_for(context, int64_t(map.size()) / channels, [&](size_t pixel) {
+      float* const x = &map[pixel * size_t(channels)];
+      double mean = 0, variance = 0;
+      for (int c = 0; c < channels; ++c) mean += double(x[c]) / channels;
+      for (int c = 0; c < channels; ++c) variance += (x[c] - mean) * (x[c] - mean) / channels;
+      const double scale = 1 / std::sqrt(variance + double(module_.norm_epsilon));
+      for (int c = 0; c < channels; ++c) x[c] = float((x[c] - mean) * scale);
+      round(x, channels);
+    });
   }
 
   void round(float* values, int64_t count) const {

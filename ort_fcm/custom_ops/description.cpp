@@ -28,7 +28,10 @@ std::vector<T> numbers(const std::string& name, const std::string& list) {
 Attribute read_attribute(const std::string& name, const Attribute& type, const std::string& value) {
   if (type.index() == 0) return value;
   if (type.index() == 1) return numbers<int64_t>(name, value);
-  return numbers<float>(name, value);
+  const std::vector<float> values = numbers<float>(name, value);
+  if (type.index() == 2) return values;
+  if (values.size() != 1) fail(name, " is not a number: '", value, "'");
+  return values[0];
 }
 
 Type read_type(const std::string& name) {

@@ -123,6 +123,7 @@ const Attributes& attribute_types() {
       {"output_activation_params", Floats()},
       {"input_layout", std::string()},
       {"output_layout", std::string()},
+      {"norm_epsilon", 0.0f},
       {"tile", std::string()},
       {"gpu", std::string()},
   };
@@ -169,6 +170,9 @@ Module read_attributes(const std::string& node, const Attributes& attributes) {
   if (module.output_act.kind == Activation::prelu) fail("output_activation cannot be prelu");
   module.input_nchw = read.is_nchw("input_layout");
   module.output_nchw = read.is_nchw("output_layout");
+  module.norm_epsilon = read.get<float>("norm_epsilon", 0.0f);
+  if (!(module.norm_epsilon >= 0 && module.norm_epsilon <= FLT_MAX))
+    fail("attribute norm_epsilon is ", module.norm_epsilon, " instead of a positive number, or 0 for none");
   module.tile = read.get<std::string>("tile", "");
   return module;
 }
@@ -196,6 +200,9 @@ void check_module(const Module& module) {
     fail("there is a second output, which only a module has that ends in a depthwise, without a residual");
   if (module.scaled && (module.stages.front().kind != StageKind::pointwise || module.mean))
     fail("factors G are given, which only a module takes that starts with a pointwise");
+  const bool plain_pointwise = module.stages.front().kind == StageKind::pointwise && !module.mean && !module.scaled;
+  if (module.norm_epsilon > 0 && !plain_pointwise)
+    fail("norm_epsilon is given, which only a module takes that starts with a pointwise, without a mean or factors");
   if (module.mean && module.residual) fail("a residual is given to a module on a mean");
 }
 

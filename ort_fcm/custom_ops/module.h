@@ -32,16 +32,17 @@ struct Module {
   std::vector<Stage> stages;
   bool mean = false;  // the stages run on the mean of X over its map
   bool residual = false;
-  bool pool = false;     // there is a second output, of sums of Y
-  bool scaled = false;   // there are factors of X
-  bool varying = false;  // weights, biases or slopes are not constant: each call brings its own
+  bool pool = false;       // there is a second output, of sums of Y
+  bool scaled = false;     // there are factors of X
+  float norm_epsilon = 0;  // above 0: X is normalised over its channels
+  bool varying = false;    // weights, biases or slopes are not constant: each call brings its own
   Act output_act;
   bool input_nchw = false, output_nchw = false;
   std::string tile;
 };
 
 // A node's attributes as found: those that are absent have no entry.
-using Attribute = std::variant<std::string, std::vector<int64_t>, std::vector<float>>;
+using Attribute = std::variant<std::string, std::vector<int64_t>, std::vector<float>, float>;
 using Attributes = std::map<std::string, Attribute>;
 
 // The names and types of all attributes of the op: the default-constructed alternative tells the type.

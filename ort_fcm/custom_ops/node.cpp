@@ -25,18 +25,19 @@ Attributes read_all(const ort::KernelInfo* info) {
   Attributes attributes;
   for (const auto& [key, type] : attribute_types()) {
     const char* name = key.c_str();
-    size_t sizes[3] = {};
+    size_t sizes[4] = {};
     float real = 0;
     int64_t integer = 0;
     const bool found[] = {ort::succeeded(ort::attribute_string(info, name, nullptr, &sizes[0])),
                           ort::succeeded(ort::attribute_ints(info, name, nullptr, &sizes[1])),
-                          ort::succeeded(ort::attribute_floats(info, name, nullptr, &sizes[2]))};
+                          ort::succeeded(ort::attribute_floats(info, name, nullptr, &sizes[2])),
+                          ort::succeeded(ort::attribute_float(info, name, &real))};
+    sizes[3] = 1;
     const size_t wanted = type.index();
-    bool other = ort::succeeded(ort::attribute_float(info, name, &real)) ||
-                 ort::succeeded(ort::attribute_int(info, name, &integer));
-    for (size_t i = 0; i < 3; ++i) other = other || (i != wanted && found[i] && sizes[i]);
+    bool other = ort::succeeded(ort::attribute_int(info, name, &integer));
+    for (size_t i = 0; i < 4; ++i) other = other || (i != wanted && found[i] && sizes[i]);
     if (other) {
-      const char* const names[] = {"a string", "a list of integers", "a list of floats"};
+      const char* const names[] = {"a string", "a list of integers", "a list of floats", "a float"};
       fail("attribute ", name, " is not ", names[wanted]);
     }
     if (!found[wanted]) continue;
@@ -45,9 +46,11 @@ Attributes read_all(const ort::KernelInfo* info) {
     else if (wanted == 1)
       attributes[key] =
           read_array<int64_t>([&](int64_t* out, size_t* count) { return ort::attribute_ints(info, name, out, count); });
-    else
+    else if (wanted == 2)
       attributes[key] =
           read_array<float>([&](float* out, size_t* count) { return ort::attribute_floats(info, name, out, count); });
+    else
+      attributes[key] = real;
   }
   return attributes;
 }

@@ -41,6 +41,7 @@ Spec make_spec(const Module& module, Type type) {
       set_first(spec, stages[i]);
   }
   spec.mean = module.mean, spec.pool = module.pool, spec.scaled = module.scaled;
+  spec.norm_epsilon = module.norm_epsilon;
   spec.residual = module.residual;
   spec.output_act = module.output_act;
   spec.input_nchw = module.input_nchw;

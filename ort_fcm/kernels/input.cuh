@@ -52,7 +52,8 @@ struct Input {
     }
     if constexpr (S.scaled)
       if (valid) v = scale<COUNT>(p, v, n, k);
-    return KIND == Dense::none ? v : L::operand(v);  // a depthwise multiplies in full precision
+    // A depthwise multiplies in full precision; what is normalised, or summed up, is rounded after that.
+    return KIND == Dense::none || normalises(S) ? v : L::operand(v);
   }
 
   // COUNT channels of image n from k on, times their factors.

@@ -7,6 +7,7 @@
 #include "depthwise.cuh"
 #include "gate.cuh"
 #include "input.cuh"
+#include "norm.cuh"
 #include "output.cuh"
 #include "pool.cuh"
 #include "primitives.cuh"
@@ -74,6 +75,8 @@ struct Module {
   int factors_of[kScalesStream ? P : 1][2];  // the images of this tile's fragments
 
   float sums[P][kWarpGroupsN][kBlocks8][4];
+  static constexpr bool kMomentsTaken = takes_moments(S);
+  Moments<C> moments[kMomentsTaken ? P : 1];  // of X's channels, by patch row
 
   FCM_DEVICE explicit Module(const Params& params)
       : p(params), shared(shared_memory()), place(params, block_x()), place_of_copies(place) {
@@ -294,6 +297,12 @@ struct Module {
             first_input[i][kg][side] = v;
           else
             *(Vec*)(shared + first_offset(i, kg, side)) = v;
+        }
+        if constexpr (normalises(S) && kFirst) {
+          if constexpr (kFirstRegisters)
+            Normalise<C>::run([&](int kg) -> Vec& { return first_input[i][kg][side]; });
+          else
+            Normalise<C>::run([&](int kg) -> Vec& { return *(Vec*)(shared + first_offset(i, kg, side)); });
         }
       }
     }
@@ -575,6 +584,7 @@ struct Module {
       FCM_UNROLL
       for (int side = 0; side < 2; ++side) a[py][side] = L::operand(d[py][side]);
     }
+    add_moments(a);
     const char* buffer = project_buffer(step) + gi * (block_n(S) / 8) * kFragment;
     constexpr int kBlocks = block_n(S) / 8;
     constexpr bool kExact = kBlocks == S.tile.warps_n * kWarpGroupsN * kBlocks8;  // else some warps have fewer
@@ -592,6 +602,21 @@ struct Module {
         FCM_UNROLL
         for (int py = 0; py < P; ++py) L::template multiply<2>(sums[py][ng][j], a[py][0], a[py][1], b);
       }
+    }
+  }
+
+  FCM_DEVICE void add_moments(const Vec (&a)[P][2]) {
+    if constexpr (kMomentsTaken) {
+      FCM_UNROLL
+      for (int py = 0; py < P; ++py) moments[py].add(a[py][0], a[py][1]);
+    }
+  }
+  // The same of what warpgroups multiply meanwhile.
+  FCM_DEVICE void add_exchanged_moments(int step) {
+    for (int gi = 0; gi < kChunkGroups; ++gi) {
+      Vec a[P][2];
+      exchanged(a, step, gi);
+      add_moments(a);
     }
   }
 
@@ -624,16 +649,19 @@ struct Module {
       }
     }
   }
+  FCM_DEVICE void exchanged(Vec (&d)[P][2], int step, int gi) const {
+    FCM_UNROLL
+    for (int py = 0; py < P; ++py) {
+      FCM_UNROLL
+      for (int side = 0; side < 2; ++side)
+        d[py][side] = *(const Vec*)(exchange_buffer(step) + exchange_offset(gi, py, side));
+    }
+  }
   FCM_DEVICE void project_exchanged(int step) {
     const int g = groups(chunk(step));
     for (int gi = 0; gi < g; ++gi) {
       Vec d[P][2];
-      FCM_UNROLL
-      for (int py = 0; py < P; ++py) {
-        FCM_UNROLL
-        for (int side = 0; side < 2; ++side)
-          d[py][side] = *(const Vec*)(exchange_buffer(step) + exchange_offset(gi, py, side));
-      }
+      exchanged(d, step, gi);
       if constexpr (kScalesStream) {
         const int k = (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane;
         FCM_UNROLL
@@ -655,9 +683,14 @@ struct Module {
     const Pixel q[2] = {place.output_pixel(p, warp_m, py, 0), place.output_pixel(p, warp_m, py, 1)};
     Out::store_group(p, q, (blocks_n(S) > 1 ? block_y() * block_n(S) : 0) + in_block, c);
   }
-  FCM_DEVICE void store_all() const {
+  FCM_DEVICE void store_all() {
     FCM_UNROLL
     for (int py = 0; py < P; ++py) {
+      if constexpr (kMomentsTaken) {
+        const Vec total = moments[py].gather();
+        FCM_UNROLL
+        for (int ng = 0; ng < kWarpGroupsN; ++ng) Moments<C>::scale(sums[py][ng], total);
+      }
       FCM_UNROLL
       for (int ng = 0; ng < kWarpGroupsN; ++ng) store_sums(L::warp_m(), L::warp_n(), py, ng, sums[py][ng]);
     }
@@ -676,6 +709,10 @@ struct Module {
               Vec{{float_bits(c[0]), float_bits(c[1]), float_bits(c[2]), float_bits(c[3])}};
         }
       }
+      if constexpr (kMomentsTaken) {
+        const Vec own = moments[py].gather();
+        if (L::warp_n() == 0 && L::column() == 0) *(Vec*)(shared + moments_offset(L::warp_m(), py)) = own;
+      }
     }
     cluster_sync();
     constexpr int kUnits = warps(S) * P * kWarpGroupsN;
@@ -692,13 +729,26 @@ struct Module {
           for (int i = 0; i < 4; ++i) c[j][i] += bits_float(v.r[i]);
         }
       }
-      const int warp = u / (P * kWarpGroupsN);
-      store_sums(warp % S.tile.warps_m, warp / S.tile.warps_m, u / kWarpGroupsN % P, u % kWarpGroupsN, c);
+      const int warp = u / (P * kWarpGroupsN), warp_m = warp % S.tile.warps_m, py = u / kWarpGroupsN % P;
+      if constexpr (kMomentsTaken) {
+        Vec total{};
+        FCM_UNROLL
+        for (int rank = 0; rank < S.tile.split; ++rank) {
+          const Vec part = cluster_load(shared + moments_offset(warp_m, py), rank);
+          FCM_UNROLL
+          for (int i = 0; i < 4; ++i) total.r[i] = float_bits(bits_float(total.r[i]) + bits_float(part.r[i]));
+        }
+        Moments<C>::scale(c, total);
+      }
+      store_sums(warp_m, warp / S.tile.warps_m, py, u % kWarpGroupsN, c);
     }
     cluster_sync();
   }
   FCM_DEVICE static int reduction_offset(int unit, int j) {
     return reduction_at(S) + (unit * kBlocks8 + j) * kFragment + L::lane() * 16;
+  }
+  FCM_DEVICE static int moments_offset(int warp_m, int py) {
+    return reduction_at(S) + sums_bytes(S) + (warp_m * P + py) * kMoments + L::row() * 16;
   }
 
   // Fetches the input of a tile whose first step takes the buffers of `step` of this one.
@@ -726,6 +776,10 @@ struct Module {
       for (int ng = 0; ng < kWarpGroupsN; ++ng) FCM_UNROLL
       for (int j = 0; j < kBlocks8; ++j) FCM_UNROLL
       for (int i = 0; i < 4; ++i) sums[py][ng][j][i] = 0;
+    }
+    if constexpr (kMomentsTaken) {
+      FCM_UNROLL
+      for (int py = 0; py < P; ++py) moments[py] = Moments<C>{};
     }
     if constexpr (kScalesStream) {
       FCM_UNROLL
@@ -761,6 +815,8 @@ struct Module {
         first_to_halo(step + 1);
       if constexpr (!kStreams)
         if (step < steps) produce(step);
+      if constexpr (kWgmma && kMomentsTaken)
+        if (step >= kLag) add_exchanged_moments(step - kLag);
       if constexpr (kWgmma && kProject)
         wgmma_wait<0>(sums);
       else if constexpr (kExchanges)

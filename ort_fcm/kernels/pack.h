@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "half.h"
 #include "spec.h"
@@ -105,9 +106,19 @@ inline std::size_t packed_project_bytes(const Spec& s) {
   if (s.mean) return packed_gate_bytes(s, s.c_out, s.c_mid);
   return has_project(s) ? (std::size_t)packed_groups(s) * (padded_out(s) / 8) * kFragment : 0;
 }
-// w: [c_out, depth].
+// w: [c_out, depth]. Where only X's deviation is to count, rows without their mean do not see that of X.
 inline void pack_project(const Spec& s, const float* w, void* out) {
   if (s.mean) return pack_gate(s, w, s.c_out, s.c_mid, out);
+  std::vector<float> centred;
+  if (takes_moments(s)) {
+    centred.assign(w, w + (std::size_t)s.c_out * s.c_in);
+    for (std::size_t row = 0; row < centred.size(); row += s.c_in) {
+      double mean = 0;
+      for (int k = 0; k < s.c_in; ++k) mean += w[row + k] / (double)s.c_in;
+      for (int k = 0; k < s.c_in; ++k) centred[row + k] = (float)(w[row + k] - mean);
+    }
+    w = centred.data();
+  }
   const int g = group(s.type), blocks = g / 8, depth = middle_channels(s);
   const int taps = depth / s.c_in;  // of a dense convolution that streams: all channels under a tap, then the next
   const bool by_tap = s.project == Dense::convolution && streams_input(s);

@@ -392,6 +392,7 @@ FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int ha
 
 FCM_DEVICE float fast_exp(float x) { return __expf(x); }
 FCM_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
+FCM_DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 FCM_DEVICE float tanh(float x) { return ::tanhf(x); }
 FCM_DEVICE float erf(float x) { return ::erff(x); }
 FCM_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }

@@ -387,6 +387,7 @@ FCM_DEVICE u32 round_tf32(float x) { return float_bits(round_to_tf32(x)); }
 
 FCM_DEVICE float fast_exp(float x) { return std::exp(x); }
 FCM_DEVICE float fast_divide(float a, float b) { return a / b; }
+FCM_DEVICE float reciprocal_root(float x) { return 1 / std::sqrt(x); }
 FCM_DEVICE float tanh(float x) { return std::tanh(x); }
 FCM_DEVICE float erf(float x) { return std::erf(x); }
 

@@ -10,7 +10,8 @@
 //
 // The three parts of a squeeze-and-excite are options of modules: one that ends in a depthwise may write sums of its
 // output over the map besides (`pool`), a gate is two pointwises on the mean of X over its map (`mean`), and a module
-// that starts with a pointwise may multiply X by a factor for each image and channel (`scaled`).
+// that starts with a pointwise may multiply X by a factor for each image and channel (`scaled`). Such a module may take
+// a LayerNormalization of X over its channels instead (`norm_epsilon`), whose scale and shift are in the weights.
 #pragma once
 
 namespace fcm {
@@ -74,6 +75,7 @@ struct Spec {
   bool mean = false;                             // first and project run on the mean of X over height and width
   bool pool = false;                             // also writes sums of Y over parts of the map
   bool scaled = false;                           // X is multiplied by the factor of its image and channel
+  float norm_epsilon = 0;                        // above 0: X is normalised over its channels
   Tile tile;
 };
 
@@ -153,6 +155,10 @@ constexpr int chunk_groups(const Spec& s) { return s.tile.chunk / group(s.type);
 constexpr int chunks(const Spec& s) { return ceil_div(middle_groups(s), chunk_groups(s)); }
 // Packed weights have whole chunks, so that a copy's size is a constant; groups that pad are not computed.
 constexpr int packed_groups(const Spec& s) { return chunks(s) * chunk_groups(s); }
+
+constexpr bool normalises(const Spec& s) { return s.norm_epsilon > 0; }
+// Whether sums of x and x^2 are taken while X passes by, and the result is scaled. Else `first` normalises X itself.
+constexpr bool takes_moments(const Spec& s) { return normalises(s) && s.first == Dense::none; }
 
 constexpr bool has_project(const Spec& s) { return s.project != Dense::none; }
 constexpr int padded_out(const Spec& s) {
@@ -261,8 +267,13 @@ constexpr int project_chunk_bytes(const Spec& s) {
 constexpr int exchange_bytes(const Spec& s) {
   return exchanges(s) ? s.tile.warps_m * chunk_groups(s) * s.tile.patch_h * 2 * kFragment : 0;
 }
+constexpr int sums_bytes(const Spec& s) {
+  return warps(s) * s.tile.patch_h * warp_groups_n(s) * (group(s.type) / 8) * kFragment;
+}
+constexpr int kMoments = 128;  // of 16 pixels: the sums of x and of x^2
 constexpr int reduction_bytes(const Spec& s) {
-  return s.tile.split > 1 ? warps(s) * s.tile.patch_h * warp_groups_n(s) * (group(s.type) / 8) * kFragment : 0;
+  if (s.tile.split == 1) return 0;
+  return sums_bytes(s) + (takes_moments(s) ? s.tile.warps_m * s.tile.patch_h * kMoments : 0);
 }
 // Chunks that a thread block walks over, at most.
 constexpr int block_chunks(const Spec& s) {
@@ -378,6 +389,8 @@ constexpr const char* illegal(const Spec& s) {
   const bool pointwise_first =
       s.first == Dense::pointwise || (s.first == Dense::none && !s.depthwise && s.project == Dense::pointwise);
   if (s.scaled && (!pointwise_first || s.mean)) return "a factor of X needs a pointwise at the start";
+  if (normalises(s) && (!pointwise_first || s.mean || s.scaled))
+    return "a normalised X needs a pointwise at the start, and no factors";
   if (s.pool && (!s.depthwise || has_project(s) || s.residual))
     return "sums over the map need a depthwise at the end, and no residual";
   if (t.chunk <= 0 || t.chunk % group(s.type)) return "chunk must be a multiple of a group of channels";
@@ -409,7 +422,7 @@ constexpr const char* illegal(const Spec& s) {
   if (t.resident != 0 && t.resident != 1) return "resident must be 0 or 1";
   if (t.wgmma != 0 && t.wgmma != 1) return "wgmma must be 0 or 1";
   if (t.wgmma && s.type == Type::float32) return "wgmma needs float16 or TF32";
-  if (t.wgmma && (s.scaled || s.mean)) return "wgmma reads X as it is";
+  if (t.wgmma && (s.scaled || s.mean || (normalises(s) && s.first != Dense::none))) return "wgmma reads X as it is";
   if (t.wgmma && (s.first == Dense::none || !s.depthwise) && !has_project(s))
     return "wgmma needs a pointwise in front of a depthwise, or a project";
   if (t.wgmma && s.first == Dense::convolution) return "wgmma needs pointwise";

@@ -1,7 +1,8 @@
 """Networks whose every convolution stands between Transposes, as channels-last frameworks export it unless optimised.
 
 What lies between two convolutions, such as bias, activation, pad and residual Add, is then [N, H, W, C], and no stage
-recognises it. Here it is moved to the other side of the Transposes, which then meet and vanish.
+recognises it. Here it is moved to the other side of the Transposes, which then meet and vanish. A product with a matrix
+is a pointwise convolution there; a LayerNormalization stays, between Transposes.
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ def move_transposes(view: View) -> bool:
                 nodes.append(helper.make_node("Transpose", *back, name=f"{node.name}/transpose", perm=TO_NHWC))
             continue
         nodes.append(node)
+        if operator(node) == "LayerNormalization" and source in twins:
+            twins[node.output[0]] = f"{node.output[0]}/nchw"
+            there = [node.output[0]], [twins[node.output[0]]]
+            nodes.append(helper.make_node("Transpose", *there, name=f"{node.name}/transpose", perm=TO_NCHW))
     if not moved:
         return False
     needed = {value.name for value in graph.output}
@@ -87,6 +92,12 @@ def _moved(view: View, node: NodeProto, twins: dict[str, str], store: Callable[[
     if names[0] not in twins:
         return None
     result.input[0] = twins[names[0]]
+    if op == "MatMul":
+        weight = view.constant(names[1])
+        if weight is None or weight.ndim != 2:
+            return None
+        inputs = [result.input[0], store(weight.T[:, :, None, None])]
+        return helper.make_node("Conv", inputs, result.output, name=node.name, kernel_shape=[1, 1])
     if op == "Pad":
         amounts = np.array(values["pads"]) if "pads" in values else view.constant(names[1])
         if amounts is None or len(amounts) != 8 or any(names[3:]):

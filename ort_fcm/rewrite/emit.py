@@ -95,7 +95,7 @@ def emit(view: View, segments: list[Segment], functions: Functions, gpu: str) ->
             assert step.node is not None
             nodes.append(step.node)
     outputs = {value.name for value in view.graph.output}
-    nodes = _join_layouts(view, _without_identities(nodes, outputs), outputs)
+    nodes = _without_identities(_join_layouts(view, nodes, outputs), outputs)
     del view.graph.node[:]
     view.graph.node.extend(nodes)
     view.graph.initializer.extend(store.added.values())
@@ -196,7 +196,7 @@ def _weights(view: View, stage: Stage, store: _Store, dtype: np.dtype[Any]) -> t
     grouped = stage.kind == "conv" and weight.shape[1] < stage.in_channels
     if grouped:
         weight = _dense(weight, stage.in_channels)
-    if stage.scale is None and stage.shift is None:
+    if stage.scale is None and stage.norm is None:
         if grouped:
             return store.constant(weight, "weight"), stage.bias
         names = [stage.weight, stage.bias]
@@ -207,11 +207,15 @@ def _weights(view: View, stage: Stage, store: _Store, dtype: np.dtype[Any]) -> t
                 assert value is not None
                 names[i] = store.constant(value, "weight")
         return names[0], names[1]
-    assert stage.scale is not None and stage.shift is not None
-    bias = view.constant(stage.bias) if stage.bias else None
-    shift = stage.shift + (0 if bias is None else bias.astype(np.float64) * stage.scale)
-    scaled = weight.astype(np.float64) * stage.scale.reshape(-1, 1, 1, 1)
-    return store.constant(scaled.astype(dtype), "weight"), store.constant(shift.astype(dtype), "bias")
+    given = view.constant(stage.bias) if stage.bias else None
+    bias = np.zeros(stage.out_channels) if given is None else given.astype(np.float64)
+    weight = weight.astype(np.float64)
+    if stage.norm:  # of a pointwise's input
+        bias = bias + weight[:, :, 0, 0] @ stage.norm.shift
+        weight = weight * stage.norm.scale[:, None, None]
+    if stage.scale is not None and stage.shift is not None:
+        weight, bias = weight * stage.scale.reshape(-1, 1, 1, 1), bias * stage.scale + stage.shift
+    return store.constant(weight.astype(dtype), "weight"), store.constant(bias.astype(dtype), "bias")
 
 
 def _dense(weight: Array, channels: int) -> Array:
@@ -240,6 +244,8 @@ def _attributes(segment: Segment, last_in: bool, last_out: bool, gpu: str) -> di
         "tile": segment.tile,
         "gpu": gpu,
     }
+    if stages[0].norm:
+        values["norm_epsilon"] = stages[0].norm.epsilon
     if after.kind != "none":
         values["output_activation"] = after.kind
         values["output_activation_params"] = [float(after.alpha), float(after.beta)]
@@ -277,7 +283,10 @@ def _body(
     """The module in plain ONNX, from PARAMETERS (those in `used`) to Y, and if it `pools` to P, of one row."""
     body = _Body(opset, dtype)
     tensor = body.add("Mul", "X", "G") if "G" in used else "X"
-    tensor = body.add("Transpose", tensor, perm=TO_NCHW) if last_in else tensor
+    if stages[0].norm:
+        tensor = _normalise(body, tensor, stages[0].norm.epsilon, stages[0].in_channels, last_in)
+    elif last_in:
+        tensor = body.add("Transpose", tensor, perm=TO_NCHW)
     if stages[0].mean:
         tensor = body.add("GlobalAveragePool", tensor)
     for number, stage in enumerate(stages, 1):
@@ -300,6 +309,18 @@ def _body(
         body.add("Transpose", mean, perm=TO_NHWC)
         body.nodes[-1].output[:] = ["P"]
     return body.nodes
+
+
+def _normalise(body: _Body, x: str, epsilon: float, channels: int, last: bool) -> str:
+    """The map normalised over its channels; the result is [N, C, H, W]."""
+    if body.opset >= 17:
+        x = x if last else body.add("Transpose", x, perm=TO_NHWC)
+        x = body.add("LayerNormalization", x, body.constant([1.0] * channels), axis=-1, epsilon=epsilon)
+        return body.add("Transpose", x, perm=TO_NCHW)
+    x = body.add("Transpose", x, perm=TO_NCHW) if last else x
+    centred = body.add("Sub", x, body.add("ReduceMean", x, axes=[1]))
+    variance = body.add("ReduceMean", body.add("Mul", centred, centred), axes=[1])
+    return body.add("Div", centred, body.add("Sqrt", body.add("Add", variance, body.constant(epsilon))))
 
 
 def _activate(body: _Body, x: str, act: Activation, slope: str) -> str:

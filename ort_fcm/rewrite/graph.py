@@ -193,12 +193,16 @@ class View:
                 derived = (*size[:2], 1, 1)[: len(known)]
             elif op in ("Reshape", "Unsqueeze") and len(size) == 2 and known[1:] == (size[1], 1, 1):
                 derived = (*size, 1, 1)
-            elif len(size) != len(known):
-                continue
-            elif op in UNARY:
-                derived = size
             elif op in BINARY:
                 derived = self._broadcast(node)
+            elif len(size) != len(known):
+                continue
+            elif op == "ReduceMean" and (axes := self.axes(node)) is not None:
+                derived = tuple(1 if axis in axes else dim for axis, dim in enumerate(size))
+            elif op == "Transpose":
+                derived = tuple(size[axis] for axis in attributes(node).get("perm", range(len(size))[::-1]))
+            elif op in UNARY or op == "LayerNormalization":
+                derived = size
             elif op in {"Conv", "FusedConv"} | POOLS and len(size) == 4:
                 channels = known[1] if op in ("Conv", "FusedConv") else size[1]
                 weight = self.size(node.input[1]) if len(node.input) > 1 else None
@@ -215,10 +219,14 @@ class View:
         """Whether the node is the mean over height and width of [N, C, H, W], with these axes kept or not."""
         if operator(node) not in ("ReduceMean", "GlobalAveragePool") or self.rank(node.input[0]) != 4:
             return False
-        axes = attributes(node).get("axes", [2, 3] if operator(node) == "GlobalAveragePool" else None)
+        return operator(node) == "GlobalAveragePool" or self.axes(node) == [2, 3]
+
+    def axes(self, node: NodeProto) -> list[int] | None:
+        """The axes that a reduction is over, in order, if they are known."""
+        axes, rank = attributes(node).get("axes"), self.rank(node.input[0])
         if axes is None and len(node.input) > 1:
             axes = self.constant(node.input[1])
-        return axes is not None and sorted(int(axis) % 4 for axis in axes) == [2, 3]
+        return None if axes is None or rank is None else sorted(int(axis) % rank for axis in axes)
 
     def _broadcast(self, node: NodeProto) -> tuple[Hashable, ...] | None:
         """The size of an input that the others are broadcast to, if it is known that they are."""
@@ -226,8 +234,8 @@ class View:
         for size in sizes:
             if size and all(
                 other is not None
-                and len(other) == len(size)
-                and all(a in (b, 1) for a, b in zip(other, size, strict=True))
+                and len(other) <= len(size)
+                and all(a in (b, 1) for a, b in zip(other[::-1], size[::-1], strict=False))
                 for other in sizes
             ):
                 return size

@@ -5,7 +5,7 @@ BatchNormalization and constant per-channel factors and terms, its activation, a
 that is no stage has a reason instead.
 
 Of a squeeze-and-excite, the mean over the map folds into the two pointwise layers behind it (a gate), and the product
-with what they give into the pointwise that reads it.
+with what they give into the pointwise that reads it. A LayerNormalization over the channels folds into a pointwise too.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from onnx import NodeProto, TensorProto
 from ort_fcm.planner.chain import STEM_CHANNELS
 from ort_fcm.rewrite.activation import Activation, activation_after
 from ort_fcm.rewrite.graph import Array, View, attributes, operator
+from ort_fcm.rewrite.norm import Norm, norm_before
 
 CONVOLUTIONS = ("Conv", "FusedConv", "ConvInteger", "QLinearConv")
 DENSE_CHANNELS = 64  # a dense convolution over more input channels is better left to cuDNN
@@ -58,6 +59,7 @@ class Stage:
     )
     mean: bool = False  # it reads the mean of its source over the map
     factors: str = ""  # what its source is multiplied by, [N, C, 1, 1]
+    norm: Norm | None = None  # of its source over the channels
 
     @property
     def conv(self) -> int:
@@ -87,7 +89,7 @@ def chains(view: View) -> tuple[list[list[Stage]], dict[int, str]]:
         taken.update(extended.nodes)
         stages[index] = extended
     for index, item in stages.items():
-        stages[index] = with_factors(view, item, taken)
+        stages[index] = with_norm(view, with_factors(view, item, taken))
     by_source: dict[str, list[Stage]] = {}
     for item in stages.values():
         by_source.setdefault(item.source, []).append(item)
@@ -318,10 +320,16 @@ def with_factors(view: View, found: Stage, taken: set[int]) -> Stage:
     return found
 
 
+def with_norm(view: View, found: Stage) -> Stage:
+    """The pointwise stage with the LayerNormalization over channels that it alone reads."""
+    norm = norm_before(view, found.source, found.in_channels) if found.kind == "pw" and not found.factors else None
+    return replace(found, source=norm.source, norm=norm, nodes=(*found.nodes, *norm.nodes)) if norm else found
+
+
 def with_mean(view: View, found: Stage, after: Stage) -> Stage | None:
     """The first of two pointwise stages, with the mean over a depthwise's map that it alone reads."""
     plain = all(item.kind == "pw" and item.strides == (1, 1) and not item.residual for item in (found, after))
-    if not plain or found.factors or after.factors:
+    if not plain or any(item.factors or item.norm for item in (found, after)):
         return None
     name, nodes = found.source, found.nodes
     while (index := view.producer.get(name)) is not None and view.only_use(name) is not None:
@@ -338,7 +346,7 @@ def _follower(view: View, item: Stage, by_source: dict[str, list[Stage]]) -> Sta
     """The stage that alone uses the output of `item`."""
     output, after = view.name(item.output), by_source.get(view.name(item.output), [])
     stop = item.residual or len(after) != 1 or view.is_output(output)
-    if stop or after[0].factors or after[0].repeats > 1:
+    if stop or after[0].factors or after[0].norm or after[0].repeats > 1:
         return None
     readers = {index for index, _ in view.uses(output)}
     pad = set(after[0].nodes) if len(readers) == 1 else set()

@@ -149,6 +149,7 @@ def _chain(view: View, stages: Sequence[Stage], pooled: set[str]) -> Chain | str
             stage.poolable and view.name(stage.output) in pooled,
             stage.mean,
             bool(stage.factors),
+            stage.norm is not None,
         )
         for stage in stages
     )

@@ -55,7 +55,7 @@ def _stage(kind: str, c_in: int, activation: str, rng: np.random.Generator, firs
 
 def random_case(chain: str, dtype: str, number: int, seed: int, tile: str = "") -> Case:
     """The `number`-th case of a chain: numbers 0 to 11 put each activation behind each stage, and behind an Add. Odd
-    ones have factors of X or sums of Y, where they can."""
+    ones have factors of X, or a normalised X, and sums of Y, where they can."""
     mean = chain.startswith("mean-")
     kinds = chain.removeprefix("mean-").split("-")
     rng = np.random.default_rng([seed, number, CHAINS.index(chain), ("float16", "tf32", "float32").index(dtype)])
@@ -71,7 +71,8 @@ def random_case(chain: str, dtype: str, number: int, seed: int, tile: str = "") 
                 break
         if min(size) >= 1:
             break
-    scaled = bool(kinds[0] == "pw" and not mean and number % 2)
+    option = bool(kinds[0] == "pw" and not mean and number % 2)
+    normed = option and bool(rng.random() < 0.5)
     pool = bool(kinds[-1] == "dw" and number % 2)
     residual = bool(number % 3 == 2 or rng.random() < 0.2) and not (mean or pool)
     after = ACTIVATIONS[number % 12]
@@ -90,6 +91,7 @@ def random_case(chain: str, dtype: str, number: int, seed: int, tile: str = "") 
         tile=tile,
         seed=seed,
         mean=mean,
-        scaled=scaled,
+        scaled=option and not normed,
         pool=pool,
+        norm_epsilon=float(rng.choice([1e-6, 1e-2])) if normed else 0.0,
     )

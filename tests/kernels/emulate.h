@@ -155,6 +155,19 @@ double run(int batch, int height, int width, unsigned seed) {
     return mean;
   };
   if (s.scaled) over_map([&](int n, int c, double& v) { v *= scale.at(n, c, 0, 0); });
+  if (normalises(s)) {  // of numbers with a mean, as padded channels have none
+    for (double& v : x.v) v = s.type == Type::float16 ? half_to_float(float_to_half((float)v + 2)) : (float)(v + 2);
+    y = x;
+    for (int n = 0; n < y.n; ++n)
+      for (int i = 0; i < y.h; ++i)
+        for (int j = 0; j < y.w; ++j) {
+          double mean = 0, variance = 0;
+          for (int c = 0; c < y.c; ++c) mean += y.at(n, c, i, j) / y.c;
+          for (int c = 0; c < y.c; ++c) variance += std::pow(y.at(n, c, i, j) - mean, 2) / y.c;
+          for (int c = 0; c < y.c; ++c)
+            y.at(n, c, i, j) = (y.at(n, c, i, j) - mean) / std::sqrt(variance + s.norm_epsilon);
+        }
+  }
   if (s.mean) y = mean_of(y);
   const auto stage = [&](int outputs, int depth, const Window& w, bool depthwise, Act a) {
     Stage t;

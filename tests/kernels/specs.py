@@ -77,6 +77,8 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     pool = not last_dense and rng.random() < 0.5
     fields["pool"] = str(pool).lower()
     fields["scaled"] = str(stages[0] == "pw" and rng.random() < 0.5).lower()
+    scaled = fields["scaled"] == "true"
+    fields["norm_epsilon"] = "0.01f" if stages[0] == "pw" and not scaled and rng.random() < 0.5 else "0"
     fields["residual"] = str(not pool and rng.random() < 0.4).lower()
     fields["output_act"] = _act(rng.choice(("none", "relu")))
     fields["input_nchw"] = str(rng.random() < (0.8 if stages[0] == "conv" and c_in < 32 else 0.2)).lower()
@@ -106,6 +108,7 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
         tile["wgmma"], tile["warps_m"] = 1, 4 * -(-warps_m // 4)
         tile["chunk"] = min(chunk, 128)
         fields["scaled"] = "false"
+        fields["norm_epsilon"] = fields["norm_epsilon"] if chain == "pw" else "0"
         if warps_n == 2:  # both have whole groups
             fields["c_out"] = str(2 * group - rng.choice((0, 1, 7)))
         if not last_dense:
@@ -140,13 +143,17 @@ def _out(fields: dict[str, str], pixels: int, side: int) -> int:
 
 
 def cases(seed: int, random_cases: int) -> list[Case]:
-    """Every chain, every activation, sums of Y, factors of X, TF32 by warpgroups, and `random_cases` more."""
+    """Every chain, every activation, sums of Y, factors of X, a normalised X, TF32 by warpgroups, and more."""
     rng = random.Random(seed)
     drawn = [draw(rng, chain, TYPES[(i + seed) % 3]) for i, chain in enumerate(CHAINS)]
     drawn += [draw(rng, "pw-dw-pw", "float16", activation) for activation in ACTIVATIONS]
-    for chain, field in (("pw-dw", "pool"), ("dw", "pool"), ("pw", "scaled"), ("pw-pw", "scaled")):
+    for chain, *options in (
+        ("pw-dw", "pool=true"), ("dw", "pool=true"), ("pw", "scaled=true"), ("pw-pw", "scaled=true"),
+        ("pw-pw", "norm_epsilon=0.01f"), ("pw", "norm_epsilon=0.01f"), ("pw", "norm_epsilon=0.01f", "tile.wgmma=1"),
+    ):  # fmt: skip
         flagged = (draw(rng, chain, rng.choice(TYPES)) for _ in range(1000))
-        drawn.append(next(case for case in flagged if dict(case.fields)[field] == "true"))
+        wanted = {tuple(option.split("=")) for option in options}
+        drawn.append(next(case for case in flagged if wanted <= set(case.fields)))
     drawn += [warpgroups(rng, chain, "tf32") for chain in WARPGROUP_CHAINS]
     return drawn + [draw(rng, rng.choice(CHAINS), rng.choice(TYPES)) for _ in range(random_cases)]
 

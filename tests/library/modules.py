@@ -56,6 +56,7 @@ class Module:
     mean: bool = False  # the stages run on the mean of X over its map
     scaled: bool = False  # X is multiplied by factors G
     pool: bool = False  # the second output as well
+    norm_epsilon: float = 0.0  # above 0: X is normalised over its channels
 
     @property
     def chain(self) -> str:
@@ -97,6 +98,7 @@ class Module:
             "output_activation_params": [float(n) for n in self.output_params],
             "input_layout": "NCHW" if self.nchw[0] else "NHWC",
             "output_layout": "NCHW" if self.nchw[1] else "NHWC",
+            "norm_epsilon": float(self.norm_epsilon),
         }
 
     def description(self, type_name: str, tile: str = "") -> str:
@@ -154,6 +156,8 @@ def random_module(rng: np.random.Generator, chain: str, dtype: type[np.floating]
     module.nchw = bool(rng.random() < 0.3), bool(rng.random() < 0.3)
     module.mean, kinds = mean, [stage.kind for stage in stages]
     module.scaled = bool(kinds[0] == "pw" and not mean and rng.random() < 0.5)
+    if kinds[0] == "pw" and not (mean or module.scaled) and rng.random() < 0.5:
+        module.norm_epsilon = 1e-3
     module.pool = bool(kinds[-1] == "dw" and rng.random() < 0.5)
     module.residual = bool(rng.random() < 0.4) and not (mean or module.pool)
     if module.residual:
@@ -241,7 +245,16 @@ def plain_model(module: Module, dynamic: bool = False) -> onnx.ModelProto:
     if module.scaled:
         nodes.append(make("Mul", ["X", "G"], ["scaled"]))
         now = "scaled"
-    if not module.nchw[0]:
+    if module.norm_epsilon:
+        perm = [0, 2, 3, 1] if module.nchw[0] else [0, 1, 2, 3]
+        constants["ones"] = np.ones(module.stages[0].channels[0], module.dtype)
+        nodes += [
+            make("Transpose", [now], ["last"], perm=perm),
+            make("LayerNormalization", ["last", "ones"], ["normed"], axis=-1, epsilon=module.norm_epsilon),
+            make("Transpose", ["normed"], ["x"], perm=[0, 3, 1, 2]),
+        ]
+        now = "x"
+    elif not module.nchw[0]:
         nodes.append(make("Transpose", [now], ["x"], perm=[0, 3, 1, 2]))
         now = "x"
     if module.mean:

@@ -42,6 +42,9 @@ def _module() -> Module:
         ({"strides": [1, 1, 1, 1, 2, 2]}, "stage 3 is a pw behind another stage and has a stride"),
         ({"output_activation": "relu"}, "output_activation is given without the residual input R"),
         ({"output_activation": "prelu"}, "output_activation cannot be prelu"),
+        ({"norm_epsilon": -1.0}, "attribute norm_epsilon is -1 instead of a positive number, or 0 for none"),
+        ({"norm_epsilon": [1e-6]}, "attribute norm_epsilon is not a float"),
+        ({"norm_epsilon": 1}, "attribute norm_epsilon is not a float"),
         ({"input_layout": "CHWN"}, "attribute input_layout is 'CHWN' instead of NHWC or NCHW"),
         ({"stages": "pw-dw", "kernel_shape": [1, 1, 3, 3], "strides": [1] * 4, "dilations": [1] * 4, "pads": [0] * 8,
           "activations": "none,none", "activation_params": [0.0] * 4},
@@ -140,10 +143,13 @@ def _of(kinds: str, **options: Any) -> Module:
         (_of("dw-pw", pool=True), "there is a second output, which only a module has that ends in a depthwise"),
         (_of("pw-dw", pool=True, residual=True), "there is a second output, which only a module has that ends in"),
         (_of("pw-pw", mean=True, residual=True), "a residual is given to a module on a mean"),
+        (_of("dw-pw", norm_epsilon=1e-6), "norm_epsilon is given, which only a module takes that starts with a"),
+        (_of("pw", norm_epsilon=1e-6, scaled=True), "norm_epsilon is given, which only a module takes that starts"),
+        (_of("pw-pw", norm_epsilon=1e-6, mean=True), "norm_epsilon is given, which only a module takes that starts"),
         (_of("pw-dw", mean=True), "attribute stages is 'mean-pw-dw', which is no legal chain"),
     ],
 )
-def test_parts_of_a_squeeze_and_excite(module: Module, cause: str) -> None:
+def test_parts_that_do_not_go_together(module: Module, cause: str) -> None:
     with pytest.raises(Exception, match="FusedConvModule 'module0': ") as caught:
         session(fused_model(module), True)
     assert cause in str(caught.value)

@@ -44,7 +44,7 @@ int main() {
     t.tile_h = next(), t.tile_w = next(), t.images = next(), t.patch_h = next(), t.chunk = next();
     t.warps_m = next(), t.warps_n = next(), t.block_n = next(), t.split = next(), t.blocks = next();
     t.resident = next(), t.wgmma = next();
-    s.mean = next(), s.pool = next(), s.scaled = next();
+    s.mean = next(), s.pool = next(), s.scaled = next(), s.norm_epsilon = next();
     const int batch = next(), height = next(), width = next(), sms = next();
     const char* why = fcm::illegal(s);
     const fcm::Launch l = why ? fcm::Launch{} : fcm::launch(s, batch, height, width, sms);
@@ -93,7 +93,7 @@ def numbers(seg: Segment, tile: Tile) -> list[int]:
     if seg.project and not seg.first and not seg.depthwise:
         c_mid = seg.c_in
     head = [seg.dtype != "float16", kinds[0], seg.depthwise is not None, kinds[1], seg.c_in, c_mid, seg.c_out]
-    flags = [seg.mean, seg.pool, seg.scaled]
+    flags = [seg.mean, seg.pool, seg.scaled, seg.normed]
     return [*head, seg.residual, *windows, *acts, *astuple(tile), *flags, seg.batch, seg.height, seg.width]
 
 
@@ -101,7 +101,7 @@ def numbers(seg: Segment, tile: Tile) -> list[int]:
 def segments(draw: st.DrawFn) -> Segment:
     stages = draw(st.sampled_from(["dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw",
                                    "conv-dw-pw", "mean-pw-pw"]))  # fmt: skip
-    mean, option = stages.startswith("mean-"), draw(st.booleans())
+    mean, option, normed = stages.startswith("mean-"), draw(st.booleans()), draw(st.booleans())
     stages = stages.removeprefix("mean-")
     few = st.integers(1, 4)  # a dense convolution in front of others
     many = st.sampled_from([32, 64]) | st.integers(1, 300)
@@ -114,7 +114,8 @@ def segments(draw: st.DrawFn) -> Segment:
             Layer(kind, channels, outputs, (kernel, kernel), (step, step), pads=(kernel // 2,) * 4,
                   activation=draw(st.sampled_from(list(ACTIVATIONS))),
                   pool=option and kind == "dw" and stages.endswith("dw"), mean=mean and not layers,
-                  scaled=option and stages.startswith("pw") and not mean and not layers)
+                  scaled=option and not normed and stages.startswith("pw") and not mean and not layers,
+                  normed=normed and stages.startswith("pw") and not mean and not layers)
         )  # fmt: skip
         channels = outputs
     chain = Chain(tuple(layers), draw(st.sampled_from([1, 16])), draw(st.integers(7, 60)), draw(st.integers(7, 60)),

@@ -42,7 +42,7 @@ def test_transposes_of_a_channels_last_network_cancel(fuse: Fuse, seed: int) -> 
     net.channels[x] = 6
     x = net.depthwise(net.op("Relu", net.conv(x, 12)))
     x = net.op("Transpose", x, perm=TO_NHWC)
-    x = net.op("LayerNormalization", x, net.const(net.rng.standard_normal(12)), axis=-1)
+    x = net.op("LayerNormalization", x, net.const(net.rng.standard_normal((20, 12))), axis=-2)
     x = net.op("Transpose", x, perm=TO_NCHW)
     x = net.conv(x, 10)
     net.output(net.op("Transpose", x, perm=TO_NHWC))
