@@ -44,7 +44,7 @@ struct Output {
           if (c + i < S.c_out) x[i] += residual(p, at + i * step);
       }
       FCM_UNROLL
-      for (int i = 0; i < COUNT; ++i) x[i] = activate(S.output_act, x[i], 0.f);
+      for (int i = 0; i < COUNT; ++i) x[i] = activate<L::kHalf>(S.output_act, x[i], 0.f);
     }
     if constexpr (kVector) {
       u32 r[kWords];
@@ -123,7 +123,7 @@ struct Output {
     load_vector(bias, p.project_bias + first);
     if constexpr (act.kind == Activation::prelu) load_vector(slope, p.project_slope + first);
     FCM_UNROLL
-    for (int i = 0; i < kCount; ++i) x[i] = activate(act, c[i / 2][2 * side + i % 2] + bias[i], slope[i]);
+    for (int i = 0; i < kCount; ++i) x[i] = activate<L::kHalf>(act, c[i / 2][2 * side + i % 2] + bias[i], slope[i]);
     store<kCount>(p, q, first, x);
   }
   FCM_DEVICE static void store_group(const Params& p, const Pixel (&q)[2], int base, const float (&c)[L::kBlocks8][4]) {

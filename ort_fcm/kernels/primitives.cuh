@@ -390,8 +390,17 @@ FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int ha
 
 // ---- Mathematics
 
-FCM_DEVICE float fast_exp(float x) { return __expf(x); }
-FCM_DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
+// One instruction each, as what is too small to be normal is taken as zero.
+FCM_DEVICE float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+FCM_DEVICE float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 FCM_DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 FCM_DEVICE float tanh(float x) { return ::tanhf(x); }
 FCM_DEVICE float erf(float x) { return ::erff(x); }

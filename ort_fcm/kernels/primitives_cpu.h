@@ -385,8 +385,8 @@ FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int ha
 
 FCM_DEVICE u32 round_tf32(float x) { return float_bits(round_to_tf32(x)); }
 
-FCM_DEVICE float fast_exp(float x) { return std::exp(x); }
-FCM_DEVICE float fast_divide(float a, float b) { return a / b; }
+FCM_DEVICE float fast_exp2(float x) { return std::exp2(x); }
+FCM_DEVICE float fast_reciprocal(float x) { return 1 / x; }
 FCM_DEVICE float reciprocal_root(float x) { return 1 / std::sqrt(x); }
 FCM_DEVICE float tanh(float x) { return std::tanh(x); }
 FCM_DEVICE float erf(float x) { return std::erf(x); }
