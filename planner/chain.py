@@ -38,8 +38,9 @@ class Layer:
     nodes of the model the layer stands for. activation_nodes: how many elementwise kernels stock runs after the
     convolution (the pieces of the activation, and the residual Add). Of a squeeze-and-excite: pool says that the mean
     of the output over its map is needed besides, so that a module can only end here; mean, that the input is such a
-    mean, so that a module is this pointwise and the next; scaled, that the input is multiplied by a factor for each
-    image and channel, so that a module can only start here. So does normed: the input is normalised over its channels.
+    mean, so that a module can only start here, and is this pointwise, perhaps with the next (whole: of the map itself,
+    not of rows that a module in front has added up); scaled, that the input is multiplied by a factor for each image
+    and channel, so that a module can only start here. So does normed: the input is normalised over its channels.
     """
 
     kind: str
@@ -58,6 +59,7 @@ class Layer:
     mean: bool = False
     scaled: bool = False
     normed: bool = False
+    whole: bool = False
 
     def __post_init__(self) -> None:
         for key in ("kernel", "stride", "dilation", "pads"):  # lists, as JSON gives them, become hashable
@@ -153,7 +155,7 @@ class Tile:
 
     tile_h: int = 8  # output pixels of a thread block
     tile_w: int = 8
-    images: int = 1  # images of a thread block (more than 1 only when a tile covers the whole output map)
+    images: int = 1  # images of a thread block (more than 1 only when a tile covers the whole output map, or on a mean)
     patch_h: int = 1  # a thread computes patches of patch_h x 2 output pixels
     chunk: int = 32  # middle channels a step
     warps_m: int = 4  # warps along pixels: each has 8 patches

@@ -112,8 +112,13 @@ class Segment:
 
     @property
     def mean(self) -> bool:
-        """A gate: two pointwise layers on the mean of the input over its map."""
+        """Pointwise layers on the mean of the input over its map."""
         return self.layers[0].mean
+
+    @property
+    def gate(self) -> bool:
+        """Two of these, which have a kernel of their own."""
+        return self.mean and len(self.layers) == 2
 
     @property
     def pool(self) -> bool:
@@ -261,7 +266,7 @@ def segment(chain: Chain, first: int, last: int) -> Segment | None:
         return None
     if any(layer.mean or layer.scaled or layer.normed for layer in layers[1:]):
         return None
-    if layers[0].mean and (kinds != ["pw", "pw"] or layers[0].scaled or layers[1].residual):
+    if layers[0].mean and (kinds not in (["pw"], ["pw", "pw"]) or layers[0].scaled or layers[-1].residual):
         return None
     bare = [replace(layer, name="", nodes=1, activation_nodes=0, residual=False) for layer in layers]
     depthwise = kinds.index("dw") if "dw" in kinds else None
@@ -341,7 +346,7 @@ def tiling(seg: Segment, tile: Tile) -> Tiling:
 def illegal(seg: Segment, tile: Tile) -> str:
     """Why the kernels cannot run the segment with this tile, on any GPU; empty if they can."""
     t, group = tile, seg.group
-    if seg.mean:
+    if seg.gate:
         return gate.illegal(t, group)
     channels = block_n(seg, t)
     if min(t.tile_h, t.tile_w, t.images, t.chunk, t.warps_m, t.warps_n, t.split, t.blocks) < 1 or t.block_n < 0:
@@ -365,10 +370,12 @@ def illegal(seg: Segment, tile: Tile) -> str:
             return "a tile of several images must cover the output map"
         if seg.pool and t.images > 1 and t.tile_h // t.patch_h * t.tile_w // 2 % 8:
             return "sums of several images need warps of one image each"
-    elif t.images != 1:
-        return "images needs a depthwise"
+    elif seg.mean and t.images > min(64, 16 * t.patch_h * t.warps_m):
+        return "the warps do not cover the images, or there are more than 64"
+    elif t.images != 1 and not seg.mean:
+        return "images needs a depthwise or a mean"
     if seg.project:
-        if (t.chunk // group) % t.warps_n:
+        if not seg.mean and (t.chunk // group) % t.warps_n:
             return "chunk must have a group for each of warps_n"
         if t.split > ceil_div(seg.middle_groups, t.chunk // group):
             return "split must not exceed the chunks"
@@ -432,12 +439,12 @@ def _first_in_registers(seg: Segment, tile: Tile) -> bool:
 
 def _exchanges(seg: Segment, tile: Tile) -> bool:
     """Whether what feeds `project` passes through shared memory."""
-    return seg.project is not None and (seg.streams or tile.warps_n > 1 or tile.wgmma == 1)
+    return seg.project is not None and not seg.mean and (seg.streams or tile.warps_n > 1 or tile.wgmma == 1)
 
 
 def shared_bytes(seg: Segment, tile: Tile) -> int:
     """Shared memory of a thread block."""
-    if seg.mean:
+    if seg.gate:
         return gate.shared_bytes(seg, tile)
     t, groups, warps = tile, tile.chunk // seg.group, tile.warps_m * tile.warps_n
     fragment = FRAGMENT
@@ -458,6 +465,8 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
             pitch = round_up(columns + max(1, seg.first_columns - seg.first.kernel[1]), 2)
             once += round_up(t.images * seg.c_in * rows * pitch * seg.element, 16)
         planes += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
+    if seg.mean:
+        once = _steps(seg, t) * groups * round_up(t.images, 8) * 64 + gate.parts_bytes(seg, t)
     if seg.project:
         weights += groups * (block_n(seg, t) // 8) * fragment
         if _exchanges(seg, t):
@@ -501,7 +510,7 @@ def _steps(seg: Segment, tile: Tile) -> int:
 
 def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> int:
     """Registers of a thread, estimated: accumulators, `first`'s fragments, and the hungrier of the phases."""
-    if seg.mean:
+    if seg.gate:
         return gate.REGISTERS
     phase = 16 + 8 * tile.patch_h  # fragments of a tensor-core product
     sums = accumulators(seg, tile)
@@ -628,6 +637,8 @@ class Work(NamedTuple):
     copies: float  # a step's asynchronous copies of X, 512 bytes
     weight_copies: float  # the same, of weights
     tiles: float  # 16-pixel tiles of `first` that a warp prepares, once a tile; a mean
+    adding: float  # instructions of a warp that takes the mean of the input, once a tile
+    waiting: float  # clocks in which it waits for that input
     ends: float  # registers of output that a warp finishes and stores, once a tile
     recompute: float
 
@@ -647,12 +658,14 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         mid_pixels, x_pixels = seg.batch * cut.mid_pixels, seg.batch * cut.x_pixels
         halo_pixels = t.images * cut.halo_rows * cut.halo_columns
     else:
-        pixels = 16 * t.patch_h * t.warps_m
+        pixels = t.images if seg.mean else 16 * t.patch_h * t.warps_m
         spatial = ceil_div(out_pixels, pixels)
         mid_pixels = x_pixels = out_pixels
         halo_pixels = pixels
         dense = seg.layers[0]
-        if seg.streams:  # each tap reads its pixels
+        if seg.mean:
+            x_pixels = seg.batch * gate.rows(seg)
+        elif seg.streams:  # each tap reads its pixels
             x_pixels = out_pixels * dense.taps
         elif dense.kind == "conv":  # runs of pixels: rows of the map, or a part of one
             r, c = ceil_div(pixels, out_w), min(pixels, out_w)
@@ -747,13 +760,16 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
                 loads += groups * 2 * t.patch_h
             else:
                 products += moments
-        if not seg.first and not layer and not seg.streams:  # gathered from global memory
+        if seg.mean:
+            loads += groups * t.patch_h * 2
+        elif not seg.first and not layer and not seg.streams:  # gathered from global memory
             width = 16 // e if seg.c_in % (16 // e) == 0 else 1
             values += 6 * t.patch_h * 16 * t.chunk / width / 32
         ends = accumulators(seg, t) * (2 - 1 / t.split)
     else:
         ends = steps * groups * t.patch_h * 8.0
 
+    adding, waiting = gate.adding(seg, t, ceil_div(seg.c_in, t.split)) if seg.mean else (0.0, 0.0)
     # Recomputed work, tensor padding apart.
     done = 0
     if seg.first:
@@ -765,7 +781,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     return Work(
         spatial * apart, spatial_blocks * apart, ceil_div(spatial, spatial_blocks), busy, warps, steps, t.split,
         int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, products, operands,
-        values, loads, stores, copied / 512 / warps, copied_weights / 512 / warps, tiles, ends,
+        values, loads, stores, copied / 512 / warps, copied_weights / 512 / warps, tiles, adding, waiting, ends,
         max(1.0, done / seg.multiply_adds),
     )  # fmt: skip
 
@@ -782,7 +798,7 @@ def times(
     plain = slower * (w.values + w.loads + w.stores + priors.copy_instructions * w.copies)
     asking = priors.bulk_copy_instructions if gpu.sm >= 90 else priors.weight_copy_instructions
     fetch = slower * w.steps * asking * w.weight_copies  # once in a thread block
-    tile = w.steps * plain + priors.gather_instructions * w.tiles + priors.store_instructions * w.ends
+    tile = w.steps * plain + priors.gather_instructions * w.tiles + w.adding + priors.store_instructions * w.ends
     multiplying = 0.1 if w.operands else 1 if on_tensor else 33
     issued = w.turns * (tile + w.steps * w.products * multiplying) + fetch
     step = w.loads * priors.load_clocks
@@ -792,7 +808,7 @@ def times(
     else:
         step += priors.resident_step_clocks if keeps else priors.step_clocks
     step += priors.warp_clocks * w.warps
-    turn = w.steps * step + tile * priors.clocks_per_instruction + (priors.turn_clocks if keeps else 0)
+    turn = w.waiting + w.steps * step + tile * priors.clocks_per_instruction + (priors.turn_clocks if keeps else 0)
     latency = priors.block_clocks + fetch * priors.clocks_per_instruction + w.turns * turn
     if w.split > 1:
         latency += w.turns * (priors.split_clocks + priors.part_clocks * w.split)
@@ -834,7 +850,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     blocks = resident(seg, tile, gpu, shared, min(regs + priors.spare_registers, bound))
     if not blocks:
         return None
-    if seg.mean:
+    if seg.gate:
         return _estimate_gate(seg, tile, gpu, blocks, shared, priors)
     done = work(seg, tile, gpu.sms)
     parts = times(seg, done, gpu, blocks, max(0, regs - bound), bool(tile.resident), priors)
@@ -880,7 +896,7 @@ def stock(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
     """A layer as separate kernels: the convolution, then each activation and Add on its own."""
     layer = chain.layers[index]
     (out_h, out_w), element = chain.maps()[index + 1], 2 if chain.dtype == "float16" else 4
-    plain = replace(layer, pool=False, mean=False, scaled=False, normed=False)
+    plain = replace(layer, pool=False, mean=False, scaled=False, normed=False, whole=False)
     size = (1, 1) if layer.mean else chain.maps()[index]
     lone = segment(Chain((plain,), chain.batch, *size, chain.dtype), 0, 0)
     assert lone

@@ -1,4 +1,4 @@
-"""What the gate of a squeeze-and-excite costs: two pointwise layers on the mean of the input over its map.
+"""What a mean over the map costs, and the gate of a squeeze-and-excite: two pointwise layers on such a mean.
 
 Geometry follows ort_fcm/kernels/spec.h: a thread block has `images` images, the `split` blocks of a cluster share the
 channels of both layers, `warps_m` warps share the rows of weights. Constants are estimates; none was fitted.
@@ -19,7 +19,9 @@ REGISTERS = 112  # of a thread
 ROW_PIXELS = 32  # of the input's map, that the module in front adds up to one row
 ROWS = 4  # of weights, that a lane multiplies with at once
 BLOCK_CLOCKS = 2500.0  # of a thread block: its start, the first row of the input, the last stores
-ROW_CLOCKS = 250.0  # of a row of the input that a thread adds up
+AT_ONCE = 8  # rows of the input that a thread waits for together
+ROW_CLOCKS = 500.0  # of these
+SLOT_CLOCKS = 200.0  # of threads that give one another parts of a sum
 SWAP_CLOCKS = 1500.0  # of a cluster that meets and swaps the middle channels
 ROUND_CLOCKS = 120.0  # of the sums over the lanes of a warp
 BYTES_PER_CLOCK = 32.0  # of weights from L2 that an SM takes
@@ -34,8 +36,23 @@ class Cost(NamedTuple):
 
 
 def rows(seg: Segment) -> int:
-    """Rows of an image that the gate reads, as the module in front leaves them."""
-    return ceil_div(seg.height * seg.width, ROW_PIXELS)
+    """Rows of an image that are added up: pixels, or what the module in front leaves of them."""
+    return ceil_div(seg.height * seg.width, 1 if seg.layers[0].whole else ROW_PIXELS)
+
+
+def parts_bytes(seg: Segment, tile: Tile) -> int:
+    """Shared memory in which threads that share a sum give it to one another."""
+    return tile.threads * (16 // seg.element) * 4
+
+
+def adding(seg: Segment, tile: Tile, channels: int) -> tuple[float, float]:
+    """Instructions of a warp that adds up its share of so many channels of a thread block's images, and clocks in which
+    it waits for them."""
+    lane = 16 // seg.element
+    items = tile.images * ceil_div(channels, lane)
+    slots = max(1, min(tile.threads // items, rows(seg)))
+    turns = ceil_div(items * slots, tile.threads) * ceil_div(rows(seg), slots)
+    return turns * (2.0 * lane + 4), ceil_div(turns, AT_ONCE) * ROW_CLOCKS + (SLOT_CLOCKS if slots > 1 else 0)
 
 
 def illegal(tile: Tile, group: int) -> str:
@@ -68,16 +85,11 @@ def _weights(seg: Segment, tile: Tile) -> int:
     return seg.element * (mid * _padded(seg, c_in) + out * _padded(seg, middle))
 
 
-def _slots(seg: Segment, tile: Tile) -> int:
-    return max(1, tile.threads * 16 // seg.element // (tile.images * _padded(seg, seg.c_in)))
-
-
 def shared_bytes(seg: Segment, tile: Tile) -> int:
     """Shared memory of a thread block."""
-    slots = _slots(seg, tile)
     means = tile.images * _padded(seg, seg.c_in) * 4
     hidden = tile.images * _padded(seg, _channels(seg)[1]) * 4
-    return means * (1 + slots if slots > 1 else 1) + hidden + (_weights(seg, tile) if tile.resident else 0)
+    return means + parts_bytes(seg, tile) + hidden + (_weights(seg, tile) if tile.resident else 0)
 
 
 def tiles(seg: Segment, gpu: Gpu) -> Iterator[Tile]:
@@ -97,11 +109,7 @@ def cost(seg: Segment, tile: Tile) -> Cost:
     grid = ceil_div(seg.batch, tile.images) * tile.split
     lane = 16 // seg.element
     weights, read = _weights(seg, tile), tile.images * rows(seg) * c_in * seg.element
-    vectors = _padded(seg, c_in) // lane
-    items = tile.images * vectors
-    # Adding up the rows: of so many items of a thread, one after the other.
-    turns = ceil_div(items * _slots(seg, tile), tile.threads) * ceil_div(rows(seg), _slots(seg, tile))
-    adding = turns * lane * 2.0
+    warp, row_clocks = adding(seg, tile, c_in)
     # Multiplying: a warp's rounds of both layers, of whole lanes and rows.
     together = min(tile.images, 4)
     multiplying = waiting = 0.0
@@ -114,9 +122,9 @@ def cost(seg: Segment, tile: Tile) -> Cost:
         multiplying += steps * lane * ROWS * (1 + 1.3 * together)
         multiplying += groups * ROWS * together * lanes.bit_length()
         waiting += groups * ROUND_CLOCKS
-    warp = adding + multiplying
+    warp += multiplying
     loading = weights / BYTES_PER_CLOCK * (LATE if tile.resident else 1) + read / BYTES_PER_CLOCK
-    latency = BLOCK_CLOCKS + loading + ceil_div(turns, 4) * ROW_CLOCKS + waiting + 1.3 * warp
+    latency = BLOCK_CLOCKS + loading + row_clocks + waiting + 1.3 * warp
     return Cost(
         grid,
         grid * (weights + read) + seg.element * seg.batch * c_out,

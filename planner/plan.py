@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import Any
 
 from . import gate
@@ -165,8 +166,11 @@ MAX_WARPS = 8  # of a thread block: beyond, barriers cost more than weights read
 
 def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
     """The tiles worth estimating, legal but for what the GPU holds. More SMs only ever add tiles."""
-    if seg.mean:
+    if seg.gate:
         yield from gate.tiles(seg, gpu)
+        return
+    if seg.mean:
+        yield from _mean_tiles(seg, gpu)
         return
     group, padded = seg.group, seg.padded_out
     chunks = [n * group for n in (1, 2, 4) if n == 1 or n <= seg.middle_groups]
@@ -205,6 +209,24 @@ def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
                         yield tile
 
 
+def _mean_tiles(seg: Segment, gpu: Gpu) -> Iterator[Tile]:
+    """Of a lone pointwise on a mean: many warps, since they share its sums; each of warps_n has a group of channels."""
+    for images, warps_n in product((1, 2, 4, 8, 16, 32), (1, 2, 4, 8)):
+        if images >= 2 * seg.batch:
+            break
+        warps_m = max(MAX_WARPS // warps_n, ceil_div(images, 16))
+        for n in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32):
+            cut = round_up(ceil_div(seg.padded_out, n), seg.group)
+            if cut < warps_n * seg.group and warps_n > 1:
+                break
+            for split in (1, 2, 4, 8) if gpu.sm >= 90 else (1,):
+                for groups in sorted({1, 2, ceil_div(seg.middle_groups, split)}):
+                    chunk, channels = groups * seg.group, 0 if cut >= seg.padded_out else cut
+                    tile = Tile(1, 1, images, 1, chunk, warps_m, warps_n, channels, split)
+                    if not illegal(seg, tile):
+                        yield tile
+
+
 @lru_cache(maxsize=4096)
 def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) -> tuple[tuple[Tile, Estimate], ...]:
     """The best tiles of a segment with their estimates, best first."""
@@ -218,7 +240,7 @@ def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) 
         cost = item[1]
         return (cost.traffic_bytes, cost.time_us) if objective == "traffic" else (cost.time_us, cost.traffic_bytes)
 
-    if seg.mean:
+    if seg.gate:
         return tuple(sorted(found, key=key)[: limit or None])
     enough = NEAR * min((cost.time_us for _, cost in found), default=0.0)
     near = [item for item in found if item[1].time_us < enough or objective == "traffic"]

@@ -17,8 +17,8 @@ constexpr int64_t kMaxWindow = 4096;  // of a kernel, stride, pad or dilation: k
 
 constexpr int64_t kMaxDepth = 1 << 20;  // channels, and terms of one output's sum: keeps byte counts within 31 bits
 
-const char* const kLegalStages[] = {"dw",    "pw",      "conv",     "dw-pw",      "pw-dw",     "conv-dw",
-                                    "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw", "mean-pw-pw"};
+const char* const kLegalStages[] = {"dw",    "pw",      "conv",     "dw-pw",      "pw-dw",   "conv-dw",
+                                    "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw", "mean-pw", "mean-pw-pw"};
 
 const std::map<std::string, Activation>& activation_names() {
   static const std::map<std::string, Activation> names = {

@@ -45,10 +45,11 @@ bool oversized(const Spec& spec) {
   constexpr int64_t kBound = 1 << 26;
   const Tile& t = spec.tile;
   const int64_t groups = chunk_groups(spec);
-  if (spec.mean) {
+  if (is_gate(spec)) {
     const int64_t depth = int64_t(spec.c_in) + spec.c_mid + 16, rows = int64_t(spec.c_mid) + spec.c_out + 64;
     return depth * t.images > kBound / 8 || (t.resident && depth * rows > kBound);
   }
+  if (spec.mean && (int64_t(spec.c_in) + t.chunk) * (t.images + 8) * 4 > kBound) return true;
   int64_t pixels = 0;
   if (spec.depthwise) {
     const int64_t height = halo_h(spec), pitch = int64_t(halo_w(spec)) + 1;
@@ -76,7 +77,7 @@ std::string misfit(const Spec& spec, const Limits& limits) {
 
 // Tiles in order of preference. Large ones reuse more; the last needs the least shared memory there is.
 std::vector<Tile> ladder(const Spec& spec, const Limits& limits) {
-  if (spec.mean) {
+  if (is_gate(spec)) {
     Tile tile;
     tile.chunk = group(spec.type), tile.warps_m = 8, tile.split = limits.clusters ? 8 : 1;
     return {tile};
@@ -92,6 +93,7 @@ std::vector<Tile> ladder(const Spec& spec, const Limits& limits) {
       Tile tile;
       tile.tile_h = size.h, tile.tile_w = size.w;
       tile.warps_m = ceil_div(size.h * size.w / 2, 8);
+      if (spec.mean) tile.images = max(1, size.h * size.w / 8);
       tile.chunk = step;
       tile.block_n = groups * step;
       tiles.push_back(tile);

@@ -3,7 +3,7 @@
 // share the channels of both layers: each weight is read by one of them, and they meet once, to swap the middle.
 #pragma once
 
-#include "lanes.cuh"
+#include "mean.cuh"
 
 namespace fcm {
 
@@ -12,12 +12,11 @@ struct Gate {
   using L = Lanes<C>;
   static constexpr Spec S = C::spec;
   static constexpr int kThreads = threads(S), kImages = S.tile.images, kLane = L::kLane;
-  static constexpr int kItems = gate_items(S), kSlots = gate_slots(S);
   static constexpr int kDepth = gate_depth(S, S.c_in), kHiddenDepth = gate_depth(S, S.c_mid);
   static constexpr int kMidShare = gate_share(S, S.c_mid), kOutShare = gate_share(S, S.c_out);
   static constexpr int kMidBytes = gate_weight_bytes(S, S.c_mid, S.c_in);
   static constexpr int kOutBytes = gate_weight_bytes(S, S.c_out, S.c_mid);
-  static constexpr int kSumsAt = gate_mean_bytes(S), kHiddenAt = kSumsAt + gate_sums_bytes(S);
+  static constexpr int kPartsAt = gate_mean_bytes(S), kHiddenAt = kPartsAt + mean_parts_bytes(S);
   static constexpr int kMidAt = kHiddenAt + gate_hidden_bytes(S), kOutAt = kMidAt + kMidBytes;
 
   const Params& p;
@@ -35,76 +34,19 @@ struct Gate {
   FCM_DEVICE static int place(int depth, int vector, int i) { return i / 4 * (depth / 2) + vector * 4 + i % 4; }
   FCM_DEVICE static int place(int depth, int channel) { return place(depth, channel / kLane, channel % kLane); }
 
-  FCM_DEVICE static void unpack(float (&to)[kLane], const Vec& v) {
-    FCM_UNROLL
-    for (int i = 0; i < kLane; ++i) {
-      if constexpr (L::kHalf)
-        to[i] = i % 2 ? half2_high(v.r[i / 2]) : half2_low(v.r[i / 2]);
-      else
-        to[i] = bits_float(v.r[i]);
-    }
-  }
-
   template <int BYTES>
   FCM_DEVICE void copy(int to, const void* weights) const {
     for (int i = thread_index() * 16; i < BYTES; i += kThreads * 16)
       copy_async(shared + to + i, (const char*)weights + (long long)rank() * BYTES + i);
   }
 
-  // ---- The mean
-
-  FCM_DEVICE void load(float (&to)[kLane], int image, int row, int c) const {
-    const int rows = p.in_h * p.in_w;
-    const long long n = image0 + image;
-    if constexpr (vector_input(S)) {
-      unpack(to, *(const Vec*)((const char*)p.x + ((n * rows + row) * S.c_in + c) * L::kElement));
-    } else {
-      FCM_UNROLL
-      for (int i = 0; i < kLane; ++i) {
-        to[i] = 0;
-        if (c + i >= S.c_in) continue;
-        const long long at = S.input_nchw ? (n * S.c_in + c + i) * rows + row : (n * rows + row) * S.c_in + c + i;
-        if constexpr (L::kHalf)
-          to[i] = half_float(((const unsigned short*)p.x)[at]);
-        else
-          to[i] = ((const float*)p.x)[at];
-      }
-    }
-  }
-
-  // Several slots add up every so many rows of an item, and their sums are added in the order of slots.
   FCM_DEVICE void average() const {
     constexpr int kVectors = kDepth / kLane;
-    const int rows = p.in_h * p.in_w;
-    const float scale = 1.f / (float)rows;
-    float* to = kSlots > 1 ? (float*)(shared + kSumsAt) : means();
-    for (int i = thread_index(); i < kItems * kSlots; i += kThreads) {
-      const int slot = i / kItems, image = i % kItems / kVectors, vector = i % kVectors;
-      float sum[kLane] = {};
-      if (image0 + image < p.batch) {
-#ifndef FCM_CPU
-#pragma unroll 4
-#endif
-        for (int row = slot; row < rows; row += kSlots) {
-          float x[kLane];
-          load(x, image, row, vector * kLane);
-          FCM_UNROLL
-          for (int j = 0; j < kLane; ++j) sum[j] += x[j];
-        }
-      }
-      FCM_UNROLL
-      for (int j = 0; j < kLane; ++j)
-        to[(slot * kImages + image) * kDepth + place(kDepth, vector, j)] = kSlots > 1 ? sum[j] : sum[j] * scale;
-    }
+    Mean<C>::run(
+        p, image0, min(kImages, p.batch - image0), kVectors, (float*)(shared + kPartsAt),
+        [](int vector) { return vector * kLane; },
+        [&](int image, int vector, int i, float mean) { means()[image * kDepth + place(kDepth, vector, i)] = mean; });
     block_sync();
-    if constexpr (kSlots > 1) {
-      for (int i = thread_index(); i < kImages * kDepth; i += kThreads) {
-        float sum = 0;
-        for (int slot = 0; slot < kSlots; ++slot) sum += to[slot * kImages * kDepth + i];
-        means()[i] = sum * scale;
-      }
-      block_sync();
-    }
   }
 
   // ---- The layers
@@ -125,7 +67,7 @@ struct Gate {
           FCM_UNROLL
           for (int r = 0; r < kRows; ++r) {
             const int row = min(base + r * (32 / kLanes) + own, rows - 1);  // rows beyond stand in for the last
-            unpack(w[r], *(const Vec*)(weights + (row * DEPTH + vector * kLane) * L::kElement));
+            L::unpack(w[r], *(const Vec*)(weights + (row * DEPTH + vector * kLane) * L::kElement));
           }
           FCM_UNROLL
           for (int i = 0; i < kTogether; ++i) {

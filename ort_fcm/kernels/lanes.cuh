@@ -52,6 +52,23 @@ struct Lanes {
     low = round_tf32(bits_float(x) - bits_float(high));
   }
 
+  FCM_DEVICE static void unpack(float (&to)[kLane], const Vec& v) {
+    FCM_UNROLL
+    for (int i = 0; i < kLane; ++i) {
+      if constexpr (kHalf)
+        to[i] = i % 2 ? half2_high(v.r[i / 2]) : half2_low(v.r[i / 2]);
+      else
+        to[i] = bits_float(v.r[i]);
+    }
+  }
+
+  FCM_DEVICE static void put(void* to, float x) {
+    if constexpr (kHalf)
+      *(unsigned short*)to = (unsigned short)(half2_pack(x, 0.f) & 0xffff);
+    else
+      *(float*)to = x;
+  }
+
   // What a tensor-core product may read.
   FCM_DEVICE static Vec operand(Vec v) {
     if constexpr (S.type == Type::tf32) {

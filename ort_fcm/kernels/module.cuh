@@ -47,7 +47,9 @@ struct Module {
 
   // Shared memory: what a warpgroup multiplies comes first, since it must start at a multiple of kFragment.
   static constexpr int kExchangeAt = 0;  // one a stage
-  static constexpr int kProjectAt = kExchangeAt + kStages * exchange_bytes(S);
+  static constexpr int kMeansAt = kExchangeAt + kStages * exchange_bytes(S);
+  static constexpr int kPartsAt = kMeansAt + (S.mean ? means_bytes(S) : 0);
+  static constexpr int kProjectAt = kPartsAt + (S.mean ? mean_parts_bytes(S) : 0);
   static constexpr int kInputAt = kProjectAt + weight_buffers(S) * project_chunk_bytes(S);
   static constexpr int kFirstAt = kInputAt + first_input_bytes(S);
   static constexpr int kHaloAt = kFirstAt + weight_buffers(S) * first_chunk_bytes(S);  // two
@@ -268,6 +270,24 @@ struct Module {
   }
 
   // ---- Stages
+
+  // Where the mean of an image of the tile lies: of the group-th group of this block's channels, lane column's.
+  FCM_DEVICE static int mean_offset(int group, int image, int column) {
+    constexpr int kRows = mean_rows(S);
+    return kMeansAt + (group * kRows + (image < kRows ? image / 8 * 8 : 0)) * 64 + swizzled(image % 8, column);
+  }
+  FCM_DEVICE void average(const T& at) const {
+    const int image0 = (int)at.pixel0, images = min(S.tile.images, p.batch - image0);
+    Mean<C>::run(
+        p, image0, images, steps * kChunkGroups * 4, (float*)(shared + kPartsAt),
+        [&](int vector) {
+          const int group = vector / 4;
+          return (chunk(group / kChunkGroups) * kChunkGroups + group % kChunkGroups) * kGroup + vector % 4 * L::kLane;
+        },
+        [&](int image, int vector, int i, float mean) {
+          L::put(shared + mean_offset(vector / 4, image, vector % 4) + i * L::kElement, mean);
+        });
+  }
 
   FCM_DEVICE void load_first_input(const T& at) {
     if constexpr (kWgmma) {
@@ -564,6 +584,16 @@ struct Module {
         FCM_UNROLL
         for (int side = 0; side < 2; ++side) d[py][side] = L::pack(c[0], side, S.first_act, first_slope(buffer, gi));
       }
+    } else if constexpr (S.mean) {
+      FCM_UNROLL
+      for (int py = 0; py < P; ++py) {
+        FCM_UNROLL
+        for (int side = 0; side < 2; ++side) {
+          const int rows8 = (L::warp_m() * P + py) * 2 + side;  // beyond the images, the first stand in
+          d[py][side] =
+              *(const Vec*)(shared + mean_offset(step * kChunkGroups + gi, rows8 * 8 + L::row(), L::column()));
+        }
+      }
     } else if constexpr (!kStreams) {
       const int k = (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane;
       FCM_UNROLL
@@ -757,6 +787,8 @@ struct Module {
       In::Staged::copy(p, shared + kStagedAt, at.image0, at.images, at.halo_y(), at.halo_x());
     } else if constexpr (kFirst) {
       load_first_input(at);
+    } else if constexpr (S.mean) {
+      average(at);
     } else {
       find_input(at);
       copy_input(chunk0, step);
@@ -878,6 +910,7 @@ struct Module {
           block_sync();
         }
       }
+      if constexpr (S.mean) block_sync();  // this tile's means are still read
       if constexpr (stages_input(S))
         load_first_input(next);
       else if constexpr (!kFetchesAhead)
@@ -889,7 +922,7 @@ struct Module {
 
 template <class C>
 FCM_DEVICE void run_module(const Params& p) {
-  if constexpr (C::spec.mean) {
+  if constexpr (is_gate(C::spec)) {
     Gate<C>(p).run();
   } else {
     Module<C> module(p);

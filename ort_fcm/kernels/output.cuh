@@ -102,13 +102,7 @@ struct Output {
   // A group of a depthwise that ends the module.
   FCM_DEVICE static void store_vector(const Params& p, const Pixel& q, int c, const Vec& v) {
     float x[L::kLane];
-    FCM_UNROLL
-    for (int i = 0; i < L::kLane; ++i) {
-      if constexpr (L::kHalf)
-        x[i] = i % 2 ? half2_high(v.r[i / 2]) : half2_low(v.r[i / 2]);
-      else
-        x[i] = bits_float(v.r[i]);
-    }
+    L::unpack(x, v);
     store<L::kLane>(p, q, c, x);
   }
 

@@ -58,12 +58,12 @@ inline void pack_gate(const Spec& s, const float* w, int outputs, int depth, voi
 }
 
 inline std::size_t packed_first_bytes(const Spec& s) {
-  if (s.mean) return packed_gate_bytes(s, s.c_mid, s.c_in);
+  if (is_gate(s)) return packed_gate_bytes(s, s.c_mid, s.c_in);
   return s.first == Dense::none ? 0 : (std::size_t)packed_groups(s) * first_group_bytes(s);
 }
 // w: [c_mid, depth], the weight as Conv has it.
 inline void pack_first(const Spec& s, const float* w, void* out) {
-  if (s.mean) return pack_gate(s, w, s.c_mid, s.c_in, out);
+  if (is_gate(s)) return pack_gate(s, w, s.c_mid, s.c_in, out);
   const Window& window = s.first_window;
   const int g = group(s.type), lane = lane_channels(s.type), steps = first_steps(s);
   const int depth = dense_depth(s.first, window, s.c_in), columns = first_columns(s);
@@ -103,12 +103,12 @@ inline void pack_depthwise(const Spec& s, const float* w, void* out) {
 }
 
 inline std::size_t packed_project_bytes(const Spec& s) {
-  if (s.mean) return packed_gate_bytes(s, s.c_out, s.c_mid);
+  if (is_gate(s)) return packed_gate_bytes(s, s.c_out, s.c_mid);
   return has_project(s) ? (std::size_t)packed_groups(s) * (padded_out(s) / 8) * kFragment : 0;
 }
 // w: [c_out, depth]. Where only X's deviation is to count, rows without their mean do not see that of X.
 inline void pack_project(const Spec& s, const float* w, void* out) {
-  if (s.mean) return pack_gate(s, w, s.c_out, s.c_mid, out);
+  if (is_gate(s)) return pack_gate(s, w, s.c_out, s.c_mid, out);
   std::vector<float> centred;
   if (takes_moments(s)) {
     centred.assign(w, w + (std::size_t)s.c_out * s.c_in);

@@ -11,7 +11,8 @@
 // The three parts of a squeeze-and-excite are options of modules: one that ends in a depthwise may write sums of its
 // output over the map besides (`pool`), a gate is two pointwises on the mean of X over its map (`mean`), and a module
 // that starts with a pointwise may multiply X by a factor for each image and channel (`scaled`). Such a module may take
-// a LayerNormalization of X over its channels instead (`norm_epsilon`), whose scale and shift are in the weights.
+// a LayerNormalization of X over its channels instead (`norm_epsilon`), whose scale and shift are in the weights. A lone
+// pointwise on the mean of X, `mean` too, is how a classification network ends.
 #pragma once
 
 namespace fcm {
@@ -49,7 +50,8 @@ struct Window {
 // 16 * patch_h * warps_m consecutive pixels, and tile_h, tile_w and images are not used.
 struct Tile {
   int tile_h = 8, tile_w = 8;  // output pixels of a thread block
-  int images = 1;              // images of a thread block (more than 1 only when a tile covers the whole output map)
+  int images = 1;              // images of a thread block (more than 1 only when a tile covers the whole output map,
+                               // or on a mean)
   int patch_h = 1;             // a thread computes patches of patch_h x 2 output pixels
   int chunk = 32;              // middle channels a step, a multiple of group()
   int warps_m = 4;             // warps along pixels: each has 8 patches
@@ -72,7 +74,7 @@ struct Spec {
   bool residual = false;                         // Y = output_act(last_act(...) + R)
   Act output_act;                                // only with a residual
   bool input_nchw = false, output_nchw = false;  // X (or Y and R) is NCHW instead of NHWC
-  bool mean = false;                             // first and project run on the mean of X over height and width
+  bool mean = false;                             // pointwises run on the mean of X over height and width
   bool pool = false;                             // also writes sums of Y over parts of the map
   bool scaled = false;                           // X is multiplied by the factor of its image and channel
   float norm_epsilon = 0;                        // above 0: X is normalised over its channels
@@ -115,6 +117,9 @@ constexpr long long window_out(long long n, int kernel, int stride, int dilation
   const long long reach = n + pad_before + pad_after - ((long long)dilation * (kernel - 1) + 1);
   return reach < 0 ? 0 : reach / stride + 1;
 }
+
+// Two pointwises on a mean have a kernel of their own.
+constexpr bool is_gate(const Spec& s) { return s.mean && s.first != Dense::none; }
 
 // ---- Threads
 
@@ -173,11 +178,12 @@ constexpr int warp_groups_n(const Spec& s) { return ceil_div(ceil_div(block_n(s)
 
 // ---- Pixels
 // With a depthwise, a thread block has images x tile_h x tile_w output pixels, and the middle tensor of its halo region
-// in shared memory. Without one, it has 16 * patch_h * warps_m consecutive pixels of the flattened N x OH x OW.
+// in shared memory. Without one, it has 16 * patch_h * warps_m consecutive pixels of the flattened N x OH x OW. On a
+// mean, whose map is one pixel, it has `images` of these.
 
 constexpr int patches_x(const Spec& s) { return s.tile.tile_w / 2; }
 constexpr int patches(const Spec& s) { return s.tile.tile_h / s.tile.patch_h * patches_x(s); }
-constexpr int flat_pixels(const Spec& s) { return 16 * s.tile.patch_h * s.tile.warps_m; }
+constexpr int flat_pixels(const Spec& s) { return s.mean ? s.tile.images : 16 * s.tile.patch_h * s.tile.warps_m; }
 constexpr int halo(int pixels, int kernel, int stride, int dilation) {
   return (pixels - 1) * stride + (kernel - 1) * dilation + 1;
 }
@@ -204,12 +210,12 @@ constexpr bool vector_input(const Spec& s) { return !s.input_nchw && s.c_in % la
 // A lone pointwise or dense convolution whose input fragments are copied asynchronously; of a dense one, a group of
 // channels under one tap after another.
 constexpr bool streams_input(const Spec& s) {
-  if (s.first != Dense::none || s.depthwise || !vector_input(s)) return false;
+  if (s.first != Dense::none || s.depthwise || s.mean || !vector_input(s)) return false;
   return s.project == Dense::pointwise || (s.project == Dense::convolution && s.c_in % group(s.type) == 0);
 }
 // Whether what feeds `project` passes between warps through shared memory.
 constexpr bool exchanges(const Spec& s) {
-  return has_project(s) && (streams_input(s) || s.tile.warps_n > 1 || s.tile.wgmma);
+  return has_project(s) && !s.mean && (streams_input(s) || s.tile.warps_n > 1 || s.tile.wgmma);
 }
 
 // ---- Shared memory, in bytes
@@ -281,11 +287,17 @@ constexpr int block_chunks(const Spec& s) {
 }
 // Buffers of what a step copies: two, or three where products of warpgroups alone cannot hide a copy.
 constexpr int stages(const Spec& s) { return streams_input(s) && s.tile.wgmma && !s.tile.resident ? 3 : 2; }
+// The means of a lone pointwise's input, of all channels that a thread block multiplies: of each group of them, 64
+// bytes an image in row blocks. And what threads that share a sum give to one another.
+constexpr int mean_rows(const Spec& s) { return round_up(s.tile.images, 8); }
+constexpr int mean_parts_bytes(const Spec& s) { return threads(s) * lane_channels(s.type) * 4; }
+constexpr int means_bytes(const Spec& s) { return block_chunks(s) * chunk_groups(s) * mean_rows(s) * 64; }
 constexpr int weight_buffers(const Spec& s) { return s.tile.resident ? block_chunks(s) : stages(s); }
 // Everything that is written while something else is read has two buffers. The reduction comes after all of it,
 // in its place, unless there are tiles to follow.
 constexpr int working_bytes(const Spec& s) {
-  return first_input_bytes(s) + staged_bytes(s) + 2 * halo_bytes(s) + stages(s) * exchange_bytes(s) +
+  return (s.mean ? means_bytes(s) + mean_parts_bytes(s) : 0) + first_input_bytes(s) + staged_bytes(s) +
+         2 * halo_bytes(s) + stages(s) * exchange_bytes(s) +
          weight_buffers(s) * (first_chunk_bytes(s) + depthwise_chunk_bytes(s) + project_chunk_bytes(s));
 }
 constexpr int reduction_at(const Spec& s) { return s.tile.resident ? working_bytes(s) : 0; }
@@ -295,26 +307,22 @@ constexpr int arrivals_at(const Spec& s) { return max(working_bytes(s), reductio
 
 constexpr int pool_warps(const Spec& s) { return ceil_div(patches(s), 8); }
 
-// ---- Gate (`mean`): a thread block has `images` images; the blocks of a cluster share the middle and the output
+// ---- Gate: a thread block has `images` images; the blocks of a cluster share the middle and the output
 // channels. Rows of weights are padded to whole lanes. With `resident`, weights lie in shared memory.
 
 constexpr int gate_depth(const Spec& s, int channels) { return round_up(channels, lane_channels(s.type)); }
 constexpr int gate_share(const Spec& s, int channels) { return round_up(ceil_div(channels, s.tile.split), 4); }
-constexpr int gate_items(const Spec& s) { return s.tile.images * gate_depth(s, s.c_in) / lane_channels(s.type); }
-// Threads that share the sum of one item, `lane_channels` channels of an image.
-constexpr int gate_slots(const Spec& s) { return max(1, threads(s) / gate_items(s)); }
 constexpr int gate_mean_bytes(const Spec& s) { return s.tile.images * gate_depth(s, s.c_in) * 4; }
-constexpr int gate_sums_bytes(const Spec& s) { return gate_slots(s) > 1 ? gate_slots(s) * gate_mean_bytes(s) : 0; }
 constexpr int gate_hidden_bytes(const Spec& s) { return s.tile.images * gate_depth(s, s.c_mid) * 4; }
 constexpr int gate_weight_bytes(const Spec& s, int outputs, int depth) {
   return gate_share(s, outputs) * gate_depth(s, depth) * element_bytes(s.type);
 }
 constexpr int gate_bytes(const Spec& s) {
   const int weights = gate_weight_bytes(s, s.c_mid, s.c_in) + gate_weight_bytes(s, s.c_out, s.c_mid);
-  return gate_mean_bytes(s) + gate_sums_bytes(s) + gate_hidden_bytes(s) + (s.tile.resident ? weights : 0);
+  return gate_mean_bytes(s) + mean_parts_bytes(s) + gate_hidden_bytes(s) + (s.tile.resident ? weights : 0);
 }
 
-constexpr int shared_bytes(const Spec& s) { return s.mean ? gate_bytes(s) : arrivals_at(s) + 32; }
+constexpr int shared_bytes(const Spec& s) { return is_gate(s) ? gate_bytes(s) : arrivals_at(s) + 32; }
 
 // ---- Launch
 
@@ -335,7 +343,8 @@ constexpr int cluster_sms(int sms, int split) {
 // for. A side that the windows leave nothing of is 0.
 constexpr Launch launch(const Spec& s, long long batch, long long h, long long w, int sms = 0) {
   Launch l{};
-  if (s.mean) {
+  if (s.mean) h = w = 1;
+  if (is_gate(s)) {
     l.mid_h = l.mid_w = l.out_h = l.out_w = l.tiles_x = l.tiles_y = 1;
     l.grid_x = (batch + s.tile.images - 1) / s.tile.images;
     l.grid_y = 1, l.grid_z = l.cluster_z = s.tile.split;
@@ -394,9 +403,9 @@ constexpr const char* illegal(const Spec& s) {
   if (s.pool && (!s.depthwise || has_project(s) || s.residual))
     return "sums over the map need a depthwise at the end, and no residual";
   if (t.chunk <= 0 || t.chunk % group(s.type)) return "chunk must be a multiple of a group of channels";
-  if (s.mean) {
-    if (s.first != Dense::pointwise || s.depthwise || s.project != Dense::pointwise || s.residual)
-      return "behind a mean there are two pointwise convolutions";
+  if (s.mean && (s.first == Dense::convolution || s.depthwise || s.project != Dense::pointwise || s.residual))
+    return "behind a mean there are one or two pointwise convolutions";
+  if (is_gate(s)) {
     if (t.warps_m < 1 || t.warps_n != 1 || warps(s) > 16) return "a gate has 1 to 16 warps";
     if (t.images < 1 || t.images > 64) return "a gate has 1 to 64 images";
     if (t.split != 1 && t.split != 2 && t.split != 4 && t.split != 8) return "split must be 1, 2, 4 or 8";
@@ -410,12 +419,13 @@ constexpr const char* illegal(const Spec& s) {
     return "a tile has at least one image and one pixel";
   if (s.depthwise && (t.tile_h % t.patch_h || t.tile_w % 2)) return "a tile must be made of whole patches";
   if (s.depthwise && 8 * t.warps_m < t.images * patches(s)) return "the warps do not cover the tile";
-  if (!s.depthwise && t.images != 1) return "images needs a depthwise";
+  if (s.mean && t.images > 16 * t.patch_h * t.warps_m) return "the warps do not cover the images";
+  if (!s.depthwise && !s.mean && t.images != 1) return "images needs a depthwise or a mean";
   if (s.pool && t.images > 1 && patches(s) % 8) return "sums of several images need warps of one image each";
   if (t.block_n < 0 || t.block_n % group(s.type)) return "block_n must be a multiple of a group of channels";
   if (!has_project(s) && block_n(s) % t.chunk && blocks_n(s) > 1) return "block_n must be a multiple of chunk";
   if (!has_project(s) && t.warps_n != 1) return "warps_n needs a project";
-  if (t.warps_n > 1 && chunk_groups(s) % t.warps_n) return "chunk must have a group for each of warps_n";
+  if (t.warps_n > 1 && !s.mean && chunk_groups(s) % t.warps_n) return "chunk must have a group for each of warps_n";
   if (t.split != 1 && t.split != 2 && t.split != 4 && t.split != 8) return "split must be 1, 2, 4 or 8";
   if (t.split > 1 && !has_project(s)) return "split needs a project";
   if (t.split > chunks(s)) return "split must not exceed the chunks";

@@ -110,9 +110,9 @@ struct TilePlace {
       const int y = y0 + q.y + py, x = x0 + q.x + side;
       return {image0 + q.image, y, x, q.valid && q.image < images && y < p.out_h && x < p.out_w};
     } else {
-      const long long i = pixel0 + (m * S.tile.patch_h + py) * 16 + side * 8 + L::row();
-      const long long area = (long long)p.out_h * p.out_w;
-      const bool valid = i < area * p.batch;
+      const int in_tile = (m * S.tile.patch_h + py) * 16 + side * 8 + L::row();
+      const long long i = pixel0 + in_tile, area = (long long)p.out_h * p.out_w;
+      const bool valid = i < area * p.batch && (!S.mean || in_tile < flat_pixels(S));
       const int image = valid ? (int)(i / area) : 0, rest = valid ? (int)(i - image * area) : 0;
       return {image, rest / p.out_w, rest % p.out_w, valid};
     }

@@ -97,8 +97,9 @@ def test_every_chain_and_type_and_feature_is_among_them(found: list[Trial]) -> N
     assert {trial.kind for trial in found[: len(kinds)]} == kinds, "one of each comes first"
     for chain in CHAINS:
         features = set().union(*(trial.features for trial in found if trial.case.name == chain))
-        if chain == "mean-pw-pw":
+        if chain.startswith("mean"):
             assert features >= {"split=2", "images=2", "resident=1"}
+            assert "warps_n=2" in features or chain == "mean-pw-pw"
             continue
         assert "patch_h=2" in features
         assert "resident=1" in features or chain == "conv"

@@ -9,6 +9,7 @@ from benchmarks.convolution import ACTIVATIONS
 
 CHAINS = (
     "dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw", "mean-pw-pw",
+    "mean-pw",
 )  # fmt: skip
 
 

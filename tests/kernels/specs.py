@@ -10,7 +10,7 @@ ACTIVATIONS = (
 )  # in the order of `Activation` in spec.h
 PARAMETERS = {"clip": (-0.5, 1.5), "hardsigmoid": (0.2, 0.4), "leakyrelu": (0.1, 0.0)}
 TYPES = ("float16", "tf32", "float32")
-CHAINS = "dw pw conv dw-pw pw-dw conv-dw pw-pw conv-pw pw-dw-pw conv-dw-pw mean-pw-pw".split()
+CHAINS = "dw pw conv dw-pw pw-dw conv-dw pw-pw conv-pw pw-dw-pw conv-dw-pw mean-pw-pw mean-pw".split()
 WARPGROUP_CHAINS = "pw conv dw-pw pw-dw pw-dw-pw".split()
 
 
@@ -42,7 +42,7 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     """A random module of `chain` (a value of the attribute `stages`) with a legal random tile, on a small odd map."""
     stages = chain.split("-")
     if stages[0] == "mean":
-        return _gate(rng, type_, activation)
+        return (_gate if len(stages) == 3 else _on_mean)(rng, type_, activation)
     group = 32 if type_ == "float16" else 16
     depthwise, last_dense = "dw" in stages, stages[-1] != "dw"
     fields: dict[str, str] = {"type": f"fcm::Type::{type_}", "depthwise": str(depthwise).lower()}
@@ -130,6 +130,27 @@ def _gate(rng: random.Random, type_: str, activation: str | None) -> Case:
     tile = {"images": rng.choice((1, 1, 2, 3, 5)), "warps_m": rng.choice((1, 2, 4)), "split": rng.choice((1, 2, 4, 8))}
     fields |= {f"tile.{key}": str(value) for key, value in {**tile, "resident": rng.choice((0, 1))}.items()}
     return Case(tuple(fields.items()), rng.choice((1, 2, 6)), rng.randint(1, 9), rng.randint(1, 9))
+
+
+def _on_mean(rng: random.Random, type_: str, activation: str | None) -> Case:
+    """A pointwise layer on the mean of X."""
+    fields = {"type": f"fcm::Type::{type_}", "mean": "true", "project": "fcm::Dense::pointwise"}
+    fields["project_act"] = _act(activation or rng.choice(ACTIVATIONS))
+    group = 32 if type_ == "float16" else 16
+    c_in, c_out = rng.choice((3, 16, 40, 75, 200, 328)), rng.choice((5, 16, 40, 75, 200))
+    fields |= {"c_in": str(c_in), "c_mid": str(c_in), "c_out": str(c_out)}
+    fields["input_nchw"] = str(rng.random() < 0.2).lower()
+    fields["output_nchw"] = str(rng.random() < 0.5).lower()
+    patch_h, warps_m, warps_n = rng.choice((1, 1, 2)), rng.choice((1, 2, 4)), rng.choice((1, 2))
+    chunk = group * rng.choice((1, 2, 3))
+    split = rng.choice([n for n in (1, 2, 4, 8) if n <= -(-c_in // chunk)])
+    images = rng.choice([n for n in (1, 2, 5, 8, 16, 24) if n <= 16 * patch_h * warps_m])
+    tile = {"patch_h": patch_h, "chunk": chunk, "warps_m": warps_m, "warps_n": warps_n, "images": images}
+    tile |= {"block_n": group * rng.choice((0, 1, 2, 3)), "split": split, "resident": rng.choice((0, 1))}
+    if patch_h * -(-(tile["block_n"] or c_out) // (group * warps_n)) * group > 320:  # too many registers
+        return _on_mean(rng, type_, activation)
+    fields |= {f"tile.{key}": str(value) for key, value in tile.items()}
+    return Case(tuple(fields.items()), rng.choice((1, 3, 17, 30)), rng.randint(1, 9), rng.randint(1, 9))
 
 
 def _out(fields: dict[str, str], pixels: int, side: int) -> int:

@@ -15,6 +15,7 @@ from ort_fcm.library import library_path
 Array = NDArray[Any]
 CHAINS = (
     "dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw", "mean-pw-pw",
+    "mean-pw",
 )  # fmt: skip
 ACTIVATIONS = "none relu clip hardswish silu hardsigmoid sigmoid gelu gelu_tanh leakyrelu prelu tanh".split()
 
