@@ -13,9 +13,9 @@ from __future__ import annotations
 from .chain import Chain, Layer, PlannerError, Tile
 from .cost import PRIORS, Priors
 from .gpus import GPUS, Gpu, gpu
-from .plan import Module, Plan, Skip, candidates, module_of, plan_chain
+from .plan import Module, Plan, Skip, candidates, folds_mean, module_of, plan_chain
 
 __all__ = [
     "GPUS", "PRIORS", "Chain", "Gpu", "Layer", "Module", "Plan", "PlannerError", "Priors", "Skip", "Tile",
-    "candidates", "gpu", "module_of", "plan_chain",
+    "candidates", "folds_mean", "gpu", "module_of", "plan_chain",
 ]  # fmt: skip

@@ -917,11 +917,22 @@ def stock(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
         time += _elementwise_us(moved, gpu, priors, priors.stock_elementwise_share)
     height, width = chain.maps()[index]
     inputs = chain.batch * height * width * layer.in_channels
-    for kernel, moved in ((layer.mean, element * inputs), (layer.scaled or layer.normed, 2 * element * inputs)):
-        if kernel:
-            traffic += moved
-            time += _elementwise_us(moved, gpu, priors, priors.stock_elementwise_share)
+    if layer.scaled or layer.normed:
+        moved = 2 * element * inputs
+        traffic += moved
+        time += _elementwise_us(moved, gpu, priors, priors.stock_elementwise_share)
+    if layer.mean:
+        pool = stock_mean(chain, index, gpu, priors)
+        traffic += pool.traffic_bytes
+        time += pool.time_us
     return Stock(time, traffic)
+
+
+def stock_mean(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:
+    """The mean of the input of layer `index` over its map, as a kernel of its own."""
+    height, width = chain.maps()[index]
+    moved = chain.batch * height * width * chain.layers[index].in_channels * (2 if chain.dtype == "float16" else 4)
+    return Stock(_elementwise_us(moved, gpu, priors, priors.stock_elementwise_share), moved)
 
 
 def layout_change(chain: Chain, index: int, gpu: Gpu, priors: Priors = PRIORS) -> Stock:

@@ -25,6 +25,7 @@ from .cost import (
     segment,
     shared_bytes,
     stock,
+    stock_mean,
     tiling,
 )
 from .gpus import Gpu
@@ -316,6 +317,7 @@ def module_of(chain: Chain, gpu: Gpu, first: int, last: int, tile: Tile, priors:
 # ---- The choice ------------------------------------------------------------------------------------------------------
 
 MAX_STAGES = 3
+NCHW_MODULE = 0.5  # of a layout change: what a module pays for writing [N, C, H, W] itself
 
 
 def plan_chain(
@@ -350,6 +352,8 @@ def plan_chain(
     alone = [stock(chain, i, gpu, priors) for i in range(count)]
     doubted = [Stock(cost.time_us * priors.stock_doubt, cost.traffic_bytes) for cost in alone]
     changes = [layout_change(chain, i, gpu, priors) for i in range(count)]
+    if chain.layers[0].whole:  # a pool of stock's makes the module in front write [N, C, H, W]
+        doubted[0] = doubted[0]._replace(time_us=doubted[0].time_us + NCHW_MODULE * changes[0].time_us)
     infinite = (float("inf"), float("inf"))
     best = [[infinite, infinite] for _ in range(count + 1)]
     best[0] = [(0.0, 0.0), (0.0, 0.0)]
@@ -393,6 +397,18 @@ def plan_chain(
         time_before_us=sum(cost.time_us for cost in alone),
         time_after_us=time,
     )
+
+
+def folds_mean(chain: Chain, gpu: Gpu, objective: str = "time", priors: Priors = PRIORS) -> bool:
+    """Whether the first layer should take the mean of its input itself, rather than read what a kernel of stock's
+    makes."""
+    plain = replace(chain.layers[0], mean=False, whole=False)
+    apart = plan_chain(replace(chain, layers=(plain, *chain.layers[1:]), height=1, width=1), gpu, objective, priors)
+    pool, plan = stock_mean(chain, 0, gpu, priors), plan_chain(chain, gpu, objective, priors)
+    if objective == "traffic":
+        return plan.traffic_after <= apart.traffic_after + pool.traffic_bytes
+    layout = NCHW_MODULE * layout_change(chain, 0, gpu, priors).time_us
+    return plan.time_after_us <= apart.time_after_us + pool.time_us + layout
 
 
 def _reason(fused: Sequence[Module], gpu: Gpu, objective: str, alone: Stock, changes: Sequence[Stock]) -> str:

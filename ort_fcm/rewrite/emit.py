@@ -18,7 +18,7 @@ from onnx import FunctionProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ort_fcm.rewrite.activation import HUGE, Activation
 from ort_fcm.rewrite.graph import Array, View, captured, label
-from ort_fcm.rewrite.layout import TO_NCHW, TO_NHWC, Step, choose, nhwc, to_first, to_last
+from ort_fcm.rewrite.layout import TO_NCHW, TO_NHWC, Step, choose, nhwc, one_pixel, to_first, to_last
 from ort_fcm.rewrite.match import Stage
 from ort_fcm.rewrite.plan import Segment
 from ort_fcm.rewrite.shuffle import channel_gather
@@ -95,7 +95,7 @@ def emit(view: View, segments: list[Segment], functions: Functions, gpu: str) ->
             assert step.node is not None
             nodes.append(step.node)
     outputs = {value.name for value in view.graph.output}
-    nodes = _without_identities(_join_layouts(view, nodes, outputs), outputs)
+    nodes = _without_identities(_join_layouts(view, nodes, outputs, store), outputs)
     del view.graph.node[:]
     view.graph.node.extend(nodes)
     view.graph.initializer.extend(store.added.values())
@@ -108,8 +108,16 @@ def _steps(view: View, segments: list[Segment], at: dict[int, int], store: _Stor
     needed = {value.name for value in view.graph.output}
     steps: list[Step] = []
     for index in reversed(range(len(view.nodes))):
+        for name in view.nodes[index].output:  # of shape [N, C], that a module has as a map or others as such
+            if index not in at and _map_of(name) in needed:
+                steps.append(Step(node=_reshape(view, name, _map_of(name), store)))
+                needed.add(name)
         if index in at:
             segment = segments[at[index]]
+            first, last = segment.stages[0], segment.stages[-1]
+            if last.output in needed and view.rank(last.output) == 2:
+                steps.append(Step(node=_reshape(view, _map_of(last.output), last.output, store)))
+            segments[at[index]] = segment = replace(segment, stages=_on_maps(view, segment.stages))
             first = segment.stages[0]
             needed |= {first.source, first.factors, segment.stages[-1].residual}
             if first.repeats > 1:
@@ -132,6 +140,36 @@ def _steps(view: View, segments: list[Segment], at: dict[int, int], store: _Stor
             needed.update([*node.input, *captured(node)])
             steps.append(Step(node=node))
     return steps[::-1]
+
+
+def _map_of(name: str) -> str:
+    return f"{name}/map"
+
+
+def _on_maps(view: View, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """A module's stages, with names of their own for tensors of shape [N, C] as maps, which the view then knows."""
+
+    def known(name: str) -> str:
+        if not name or view.rank(name) != 2:
+            return name
+        shapes, of = view.shapes, _map_of(name)
+        shapes.types[of] = view.type(name)
+        if (size := shapes.symbolic.get(name)) is not None:
+            shapes.symbolic[of] = (*size, 1, 1)
+        if (planned := shapes.planned.get(name)) is not None:
+            shapes.planned[of] = (*planned, 1, 1)
+        return of
+
+    first = replace(stages[0], source=known(stages[0].source), factors=known(stages[0].factors))
+    stages = (first, *stages[1:])
+    return (*stages[:-1], replace(stages[-1], output=known(stages[-1].output)))
+
+
+def _reshape(view: View, source: str, name: str, store: _Store) -> NodeProto:
+    """The node that makes a map of one pixel of [N, C], or the other way round."""
+    shape = store.constant(np.array([0, -1] if view.rank(name) == 2 else [0, -1, 1, 1], np.int64), "shape")
+    view.initializers[shape] = store.named(shape)
+    return helper.make_node("Reshape", [source, shape], [name], name=f"{name}/reshape")
 
 
 def _repeat(view: View, stage: Stage, store: _Store) -> NodeProto:
@@ -193,16 +231,19 @@ def _weights(view: View, stage: Stage, store: _Store, dtype: np.dtype[Any]) -> t
     """Names of weight and bias, with what folds into them."""
     weight = view.constant(stage.weight)
     assert weight is not None
+    matrix = weight.ndim == 2
+    if matrix:
+        weight = (weight.T if stage.transposed else weight)[:, :, None, None]
     grouped = stage.kind == "conv" and weight.shape[1] < stage.in_channels
     if grouped:
         weight = _dense(weight, stage.in_channels)
     if stage.scale is None and stage.norm is None:
-        if grouped:
-            return store.constant(weight, "weight"), stage.bias
-        names = [stage.weight, stage.bias]
+        changed = grouped or matrix
+        names = [store.constant(weight, "weight") if changed else stage.weight, stage.bias]
         for i, name in enumerate(names):
             # of one shared with other nodes, a copy: where ONNX Runtime casts it for these, it is constant no more
-            if name and (name not in view.initializers or len(view.uses(name)) > 1):
+            own = i == 0 and changed
+            if name and not own and (name not in view.initializers or len(view.uses(name)) > 1):
                 value = view.constant(name)
                 assert value is not None
                 names[i] = store.constant(value, "weight")
@@ -389,11 +430,14 @@ def _without_identities(nodes: list[NodeProto], outputs: set[str]) -> list[NodeP
     return kept
 
 
-def _join_layouts(view: View, nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
-    """Put a Transpose where a tensor is made in one layout and used in the other."""
+def _join_layouts(view: View, nodes: list[NodeProto], outputs: set[str], store: _Store) -> list[NodeProto]:
+    """Put a Transpose where a tensor is made in one layout and used in the other; of one pixel, a Reshape."""
 
     def transpose(plain: str, last: bool) -> NodeProto:
         source, name = (plain, nhwc(plain)) if last else (nhwc(plain), plain)
+        if one_pixel(view, plain):
+            shape = store.constant(np.array([0, 1, 1, -1] if last else [0, -1, 1, 1], np.int64), "shape")
+            return helper.make_node("Reshape", [source, shape], [name], name=f"{name}/reshape")
         perm = (to_last if last else to_first)(view.rank(plain) or 4)
         return helper.make_node("Transpose", [source], [name], name=f"{name}/transpose", perm=perm)
 

@@ -113,7 +113,7 @@ def _fold_batch_normalization(model: onnx.ModelProto) -> None:
         if node.op_type != "BatchNormalization" or view.rank(node.output[0]) != 4:
             continue
         stats = view.tensor(node.input[1])
-        affine = None if stats is None else channel_affine(view, (index, 0), stats.dims[0])
+        affine = None if stats is None else channel_affine(view, (index, 0), (1, stats.dims[0], 1, 1))
         if affine is None:
             continue
         name, source = node.output[0], view.name(node.input[0])

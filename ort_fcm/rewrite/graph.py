@@ -193,6 +193,8 @@ class View:
                 derived = (*size[:2], 1, 1)[: len(known)]
             elif op in ("Reshape", "Unsqueeze") and len(size) == 2 and known[1:] == (size[1], 1, 1):
                 derived = (*size, 1, 1)
+            elif op in ("Reshape", "Flatten", "Squeeze") and size[2:] == (1, 1) and known[1:] == size[1:2]:
+                derived = size[:2]
             elif op in BINARY:
                 derived = self._broadcast(node)
             elif len(size) != len(known):

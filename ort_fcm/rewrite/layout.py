@@ -149,9 +149,16 @@ def choose(view: View, steps: list[Step], pooled: set[str]) -> dict[int, Flexibl
 
 def _cost(view: View, tensor: str) -> int:
     """Of transposing a tensor, in bytes moved."""
+    if one_pixel(view, tensor):
+        return 2  # nothing moves; the half of it still says that modules would rather have it channels-last
     shape = view.planned(tensor) or (1, 32, 56, 56)
     size = 2 if view.type(tensor) == TensorProto.FLOAT16 else 4
     return 2 * size * int(np.prod(shape, dtype=np.int64)) + LAUNCH_BYTES
+
+
+def one_pixel(view: View, tensor: str) -> bool:
+    """Whether the tensor is a map of one pixel, which is the same in both layouts."""
+    return view.shapes.symbolic.get(tensor, ())[2:] == (1, 1)
 
 
 # How each kind of node runs channels-last. A rule returns None for a node that it does not know.

@@ -4,8 +4,10 @@ A stage is a convolution that a kernel can compute, with everything that folds i
 BatchNormalization and constant per-channel factors and terms, its activation, and the Add of a residual. A convolution
 that is no stage has a reason instead.
 
-Of a squeeze-and-excite, the mean over the map folds into the two pointwise layers behind it (a gate), and the product
-with what they give into the pointwise that reads it. A LayerNormalization over the channels folds into a pointwise too.
+A mean over the map folds into the pointwise layer behind it. So the tail of a classification network is a chain, whose
+fully connected layers are pointwise ones on a map of one pixel; and a gate, the two layers of a squeeze-and-excite,
+where the product with what they give folds into the pointwise that reads it. A LayerNormalization over
+the channels folds into a pointwise too.
 """
 
 from __future__ import annotations
@@ -22,9 +24,12 @@ from ort_fcm.rewrite.graph import Array, View, attributes, operator
 from ort_fcm.rewrite.norm import Norm, norm_before
 
 CONVOLUTIONS = ("Conv", "FusedConv", "ConvInteger", "QLinearConv")
+FULLY_CONNECTED = ("Gemm", "MatMul")  # behind a mean over the map
+RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 DENSE_CHANNELS = 64  # a dense convolution over more input channels is better left to cuDNN
 OLDEST_OPSET = 7  # before it, elementwise operators broadcast by an attribute
 NO_ACTIVATION = Activation()
+TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16)
 _FUSED_CONV = {  # com.microsoft FusedConv's attribute -> (kind, default parameters)
     "": ("none", ()), "Relu": ("relu", ()), "Sigmoid": ("sigmoid", ()), "Tanh": ("tanh", ()),
     "LeakyRelu": ("leakyrelu", (0.01,)), "Clip": ("clip", ()), "HardSigmoid": ("hardsigmoid", (0.2, 0.5)),
@@ -35,7 +40,8 @@ _FUSED_CONV = {  # com.microsoft FusedConv's attribute -> (kind, default paramet
 @dataclass(frozen=True)
 class Stage:
     """A convolution and what goes with it. Windows as in ONNX; scale and shift, [M], apply to the convolution's output
-    and fold into weight and bias. nodes: positions of all nodes it stands for, the convolution's first."""
+    and fold into weight and bias. nodes: positions of all nodes it stands for, the convolution's first. A fully
+    connected layer is a pw, whose weight is a matrix and whose source and output may have shape [N, C]."""
 
     kind: str  # dw, pw, conv
     source: str  # the tensor it reads
@@ -57,8 +63,10 @@ class Stage:
     repeats: int = (
         1  # of each channel of `source`: a depthwise with a channel multiplier, on channels repeated so often
     )
+    transposed: bool = False  # the weight is a matrix [C, M], not [M, C]
     mean: bool = False  # it reads the mean of its source over the map
-    factors: str = ""  # what its source is multiplied by, [N, C, 1, 1]
+    unfolded: Stage | None = None  # then the stage that reads that mean itself
+    factors: str = ""  # what its source is multiplied by, [N, C, 1, 1] or [N, C]
     norm: Norm | None = None  # of its source over the channels
 
     @property
@@ -73,16 +81,27 @@ class Stage:
 
 def chains(view: View) -> tuple[list[list[Stage]], dict[int, str]]:
     """Maximal chains of stages of which each one's output feeds the next only, and the reasons of all other
-    convolutions. A chain ends behind a residual Add, as a module does."""
+    convolutions, and fully connected layers behind a mean over the map. A chain ends behind a residual Add, as a module
+    does."""
     stages: dict[int, Stage] = {}
     reasons: dict[int, str] = {}
+    tails: set[str] = set()  # means over a map, and what layers make of them
     for index, node in enumerate(view.nodes):
+        found: Stage | str
         if node.op_type in CONVOLUTIONS:
             found = stage(view, index)
-            if isinstance(found, Stage):
-                stages[index] = found
-            else:
-                reasons[index] = found
+        elif operator(node) in FULLY_CONNECTED and view.name(node.input[0]) in tails:
+            found = fully_connected(view, index)
+        else:
+            if view.is_global_mean(node) or (same_values(view, node) and view.name(node.input[0]) in tails):
+                tails.add(node.output[0])
+            continue
+        if isinstance(found, str):
+            reasons[index] = found
+            continue
+        stages[index] = found
+        if found.kind == "pw" and found.source in tails:
+            tails.add(view.name(found.output))
     taken: set[int] = set()
     for index in sorted(stages, reverse=True):  # where two branches meet in an Add, it belongs to the later
         extended = with_residual(view, stages[index], taken)
@@ -94,11 +113,7 @@ def chains(view: View) -> tuple[list[list[Stage]], dict[int, str]]:
     for item in stages.values():
         by_source.setdefault(item.source, []).append(item)
     follower = {index: _follower(view, item, by_source) for index, item in stages.items()}
-    maps = {view.name(item.output) for item in stages.values() if item.poolable}
-    for index, item in stages.items():
-        after = follower[index]
-        if after and (gate := with_mean(view, item, after)) and gate.source in maps:
-            stages[index], follower[after.conv] = gate, None
+    stages = {index: with_mean(view, item) for index, item in stages.items()}
     heads = set(stages) - {item.conv for item in follower.values() if item}
     result = []
     for index in sorted(heads):
@@ -125,7 +140,7 @@ def stage(view: View, index: int) -> Stage | str:
             return f"the {'bias' if name == bias else 'weight'} is not constant: {view.why_not_constant(name)}"
     tensor = view.tensor(weight)
     assert tensor is not None
-    if tensor.data_type not in (TensorProto.FLOAT, TensorProto.FLOAT16):
+    if tensor.data_type not in TYPES:
         return f"type {TensorProto.DataType.Name(tensor.data_type).lower()} is neither float nor float16"
     if len(tensor.dims) != 4:
         return f"a {len(tensor.dims) - 2}-D convolution; only 2-D ones are fused"
@@ -153,9 +168,58 @@ def stage(view: View, index: int) -> Stage | str:
     )  # fmt: skip
     if node.op_type == "FusedConv":
         return fused_conv(view, node, found)
-    found = affine_after(view, found)
-    act = activation_after(view, found.output, out_channels)
+    return with_activation(view, affine_after(view, found))
+
+
+def with_activation(view: View, found: Stage) -> Stage:
+    act = activation_after(view, found.output, found.out_channels)
     return replace(found, activation=act, nodes=found.nodes + act.nodes, output=act.output)
+
+
+def fully_connected(view: View, index: int) -> Stage | str:
+    """The stage of the Gemm or MatMul at `index`, or why it is none."""
+    node = view.nodes[index]
+    values, names = attributes(node), [view.name(name) for name in node.input if name]
+    for name in names[1:]:
+        if view.tensor(name) is None:
+            return f"the {'weight' if name == names[1] else 'bias'} is not constant: {view.why_not_constant(name)}"
+    weight, *biases = (view.tensor(name) for name in names[1:])
+    assert weight is not None
+    if weight.data_type not in TYPES:
+        return f"type {TensorProto.DataType.Name(weight.data_type).lower()} is neither float nor float16"
+    if values.get("alpha", 1.0) != 1 or values.get("beta", 1.0) != 1 or values.get("transA", 0):
+        return "a Gemm with alpha, beta or transA"
+    transposed = not values.get("transB", 0)
+    size = view.size(node.input[0])
+    if len(weight.dims) != 2 or size is None or len(size) != 2 or size[1] != weight.dims[0 if transposed else 1]:
+        return "its input and weight are not [N, C] and a matrix"
+    in_channels, out_channels = weight.dims if transposed else weight.dims[::-1]
+    if any(bias is None or list(bias.dims) != [out_channels] for bias in biases):
+        return "the bias does not have one value for each output channel"
+    source, between = squeezed(view, node.input[0])
+    found = Stage(
+        "pw", source, node.output[0], names[1], names[2] if biases else "", in_channels, out_channels, (1, 1), (1, 1),
+        (1, 1), (0, 0, 0, 0), (index, *between), transposed=transposed,
+    )  # fmt: skip
+    return with_activation(view, affine_after(view, found, rank=2))
+
+
+def squeezed(view: View, name: str) -> tuple[str, tuple[int, ...]]:
+    """The tensor that `name` is another shape of, where both are [N, C] or [N, C, 1, 1], and the nodes between."""
+    name, nodes = view.name(name), tuple[int, ...]()
+    while (index := view.producer.get(name)) is not None and view.only_use(name) is not None:
+        if not same_values(view, view.nodes[index]):
+            break
+        nodes, name = (*nodes, index), view.name(view.nodes[index].input[0])
+    return name, nodes
+
+
+def same_values(view: View, node: NodeProto) -> bool:
+    """Whether the node's output is another shape of its input, where both are [N, C] or [N, C, 1, 1]."""
+    if operator(node) not in RESHAPES:
+        return False
+    before, after = view.size(node.input[0]) or (), view.size(node.output[0]) or ()
+    return len(before) > 1 and before[:2] == after[:2] and {before[2:], after[2:]} <= {(), (1, 1)}
 
 
 def _kind(in_channels: int, out_channels: int, group: int, kernel: tuple[int, int], pads: Sequence[int]) -> str:
@@ -224,12 +288,13 @@ def pad_before(
     return view.name(node.input[0]), together, (index,)
 
 
-def affine_after(view: View, found: Stage) -> Stage:
-    """Fold BatchNormalization and constant per-channel Mul, Div, Add and Sub behind the convolution."""
+def affine_after(view: View, found: Stage, rank: int = 4) -> Stage:
+    """Fold BatchNormalization and constant per-channel Mul, Div, Add and Sub behind the convolution, whose output has
+    this rank."""
     scale, shift = np.ones(found.out_channels), np.zeros(found.out_channels)
     nodes, output = found.nodes, found.output
     while (use := view.only_use(output)) is not None:
-        factor = channel_affine(view, use, found.out_channels)
+        factor = channel_affine(view, use, (1, found.out_channels, 1, 1)[:rank])
         if factor is None:
             break
         scale, shift = scale * factor[0], shift * factor[0] + factor[1]
@@ -239,8 +304,10 @@ def affine_after(view: View, found: Stage) -> Stage:
     return replace(found, scale=scale, shift=shift, nodes=nodes, output=output)
 
 
-def channel_affine(view: View, use: tuple[int, int], channels: int) -> tuple[Array | float, Array | float] | None:
-    """(a, b) where the node computes a * x + b for each channel."""
+def channel_affine(
+    view: View, use: tuple[int, int], shape: tuple[int, ...]
+) -> tuple[Array | float, Array | float] | None:
+    """(a, b) where the node computes a * x + b for each channel; shape: that of a value for each."""
     node, slot = view.nodes[use[0]], use[1]
     if operator(node) == "BatchNormalization" and slot == 0:
         values = attributes(node)
@@ -255,8 +322,8 @@ def channel_affine(view: View, use: tuple[int, int], channels: int) -> tuple[Arr
     constant = view.constant(node.input[1 - slot])
     if constant is None or (node.op_type == "Div" and slot == 1):
         return None
-    shape = (1,) * (4 - constant.ndim) + constant.shape
-    if constant.ndim > 4 or shape not in ((1, 1, 1, 1), (1, channels, 1, 1)):
+    own = (1,) * (len(shape) - constant.ndim) + constant.shape
+    if own not in ((1,) * len(shape), shape):
         return None
     term = constant.astype(np.float64).reshape(-1)
     if node.op_type == "Mul":
@@ -292,7 +359,7 @@ def with_residual(view: View, found: Stage, taken: set[int]) -> Stage:
         return found
     other = view.name(node.input[1 - use[1]])
     size = view.size(found.output)
-    if other == found.output or view.tensor(other) is not None or size is None or size != view.size(other):
+    if other == found.output or view.tensor(other) is not None or size != view.size(other) or len(size or ()) != 4:
         return found
     output = node.output[0]
     act = activation_after(view, output, found.out_channels)
@@ -316,7 +383,8 @@ def with_factors(view: View, found: Stage, taken: set[int]) -> Stage:
         same_type = view.type(source) == view.type(factors) != 0
         constant = view.tensor(source) is not None or view.tensor(factors) is not None
         if same_type and not constant and view.size(source) == size and view.size(factors) == (*size[:2], 1, 1):
-            return replace(found, source=source, factors=factors, nodes=(*found.nodes, index))
+            factors, between = squeezed(view, factors)
+            return replace(found, source=source, factors=factors, nodes=(*found.nodes, index, *between))
     return found
 
 
@@ -326,20 +394,16 @@ def with_norm(view: View, found: Stage) -> Stage:
     return replace(found, source=norm.source, norm=norm, nodes=(*found.nodes, *norm.nodes)) if norm else found
 
 
-def with_mean(view: View, found: Stage, after: Stage) -> Stage | None:
-    """The first of two pointwise stages, with the mean over a depthwise's map that it alone reads."""
-    plain = all(item.kind == "pw" and item.strides == (1, 1) and not item.residual for item in (found, after))
-    if not plain or any(item.factors or item.norm for item in (found, after)):
-        return None
-    name, nodes = found.source, found.nodes
-    while (index := view.producer.get(name)) is not None and view.only_use(name) is not None:
-        node, size = view.nodes[index], view.size(name)
-        nodes, name = (*nodes, index), view.name(node.input[0])
-        if view.is_global_mean(node):
-            return replace(found, source=name, mean=True, nodes=nodes)
-        if operator(node) not in ("Reshape", "Unsqueeze") or size is None or len(size) != 4 or size[2:] != (1, 1):
-            return None
-    return None
+def with_mean(view: View, found: Stage) -> Stage:
+    """The pointwise stage with the mean over a map that it alone reads."""
+    name, between = squeezed(view, found.source)
+    index = view.producer.get(name)
+    if found.kind != "pw" or found.strides != (1, 1) or found.residual or found.factors or found.norm or index is None:
+        return found
+    if not view.is_global_mean(view.nodes[index]) or view.only_use(name) is None:
+        return found
+    source, nodes = view.name(view.nodes[index].input[0]), (*found.nodes, *between, index)
+    return replace(found, source=source, mean=True, unfolded=found, nodes=nodes)
 
 
 def _follower(view: View, item: Stage, by_source: dict[str, list[Stage]]) -> Stage | None:

@@ -199,7 +199,8 @@ def _views(graph: onnx.GraphProto, view: View) -> Iterator[View]:
 
 
 def _add(report: Report, view: View, planned: Planned, names: list[str], reasons: dict[int, str]) -> None:
-    report.convolutions += sum(node.op_type in CONVOLUTIONS for node in view.nodes)
+    layers = {stage.conv for segment in planned.segments for stage in segment.stages} | set(reasons)
+    report.convolutions += len(layers | {i for i, node in enumerate(view.nodes) if node.op_type in CONVOLUTIONS})
     for segment, name in zip(planned.segments, names, strict=True):
         nodes = [label(view.nodes[i]) for i in sorted(i for stage in segment.stages for i in stage.nodes)]
         report.modules.append(

@@ -10,7 +10,7 @@ from pathlib import Path
 from onnx import TensorProto
 
 from ort_fcm.errors import FcmError
-from ort_fcm.planner import PRIORS, Chain, Gpu, Layer, Plan, PlannerError, plan_chain
+from ort_fcm.planner import PRIORS, Chain, Gpu, Layer, Plan, PlannerError, folds_mean, plan_chain
 from ort_fcm.rewrite.graph import View, label
 from ort_fcm.rewrite.match import Stage
 from ort_fcm.tune import Tuner
@@ -83,7 +83,9 @@ def plan(
     reasons: dict[int, str] = {}
     traffic_before = traffic_after = saved_by_l2 = 0
     pooled = {stages[0].source for stages in chains if stages[0].mean}
-    known = [_chain(view, stages, pooled) for stages in chains]
+    pools = {view.name(stage.output) for stages in chains for stage in stages if stage.poolable}
+    chains = [_settled(view, stages, pools, gpu, objective) for stages in chains]
+    known = [_chain(view, stages, pooled, pools) for stages in chains]
     if tuner:
         tuner.tune([chain for chain in known if isinstance(chain, Chain) and chain.name not in given])
     for stages, chain in zip(chains, known, strict=True):
@@ -124,10 +126,20 @@ def plan(
     return Planned(segments, reasons, (traffic_before, traffic_after), dram, plans)
 
 
-def _chain(view: View, stages: Sequence[Stage], pooled: set[str]) -> Chain | str:
-    """pooled: the maps of which a gate takes the mean."""
+def _settled(view: View, stages: Sequence[Stage], pools: set[str], gpu: Gpu, objective: str) -> Sequence[Stage]:
+    """The chain, whose first stage takes a mean itself only where that pays."""
+    plain = stages[0].unfolded
+    chain = _chain(view, stages, set(), pools)
+    if plain is None or isinstance(chain, str) or not chain.layers[0].whole:
+        return stages
+    return stages if folds_mean(chain, gpu, objective, CAUTIOUS) else [plain, *stages[1:]]
+
+
+def _chain(view: View, stages: Sequence[Stage], pooled: set[str], pools: set[str]) -> Chain | str:
+    """pooled: the maps of which a module takes the mean; pools: those that a module in front can give the mean of."""
     shape = view.planned(stages[0].source)
     dtype = DTYPES.get(view.type(stages[0].source))
+    shape = (*shape, 1, 1) if shape and len(shape) == 2 else shape
     if shape is None or len(shape) != 4:
         return "the shape of its input is not known"
     if dtype is None:
@@ -150,6 +162,7 @@ def _chain(view: View, stages: Sequence[Stage], pooled: set[str]) -> Chain | str
             stage.mean,
             bool(stage.factors),
             stage.norm is not None,
+            stage.mean and stage.source not in pools,
         )
         for stage in stages
     )

@@ -55,8 +55,9 @@ class CheckReport:
 
 @dataclass
 class Report:
-    """gpu: planned for; tuned: with times measured on it; convolutions: in the model; in_modules: of these in any
-    module; fused_convolutions: in modules of two or more; of the convolutions' chains, `before` and `after`:
+    """gpu: planned for; tuned: with times measured on it; convolutions: in the model, with the fully connected layers
+    behind a mean over the map; in_modules: of these in any module; fused_convolutions: in modules of two or more; of
+    the convolutions' chains, `before` and `after`:
     traffic_bytes, all global memory accesses, which L2 may serve, and dram_bytes, what goes from and to device memory
     when L2 is cold."""
 

@@ -152,8 +152,8 @@ def mean_of_rows(net: Net, x: str) -> list[str]:
     ("build", "expected", "left"),
     [
         (squeeze_is_an_output, ["dw", "pw-pw", "pw"], {"GlobalAveragePool": 1}),
-        (no_second_layer, ["dw", "pw", "pw"], {"GlobalAveragePool": 1}),
-        (no_depthwise, ["pw", "pw-pw", "pw"], {"GlobalAveragePool": 1}),
+        (no_second_layer, ["dw", "mean-pw", "pw"], {}),
+        (no_depthwise, ["pw", "mean-pw-pw", "pw"], {}),
         (mean_of_rows, ["dw", "pw-pw", "pw"], {"ReduceMean": 1, "Mul": 1}),
     ],
 )
