@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from planner import GPUS, Chain, Gpu, Layer, Plan, PlannerError, Tile, candidates, gpu, plan_chain
 from planner.chain import ACTIVATIONS, STAGES
-from planner.cost import block_n, illegal, packed_bytes, segment, touched_bytes, touched_pixels
+from planner.cost import block_n, cluster_sms, illegal, packed_bytes, segment, touched_bytes, touched_pixels
 
 SETTINGS = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 OBJECTIVES = st.sampled_from(["time", "traffic"])
@@ -179,7 +179,8 @@ def test_traffic_is_what_thread_blocks_read_and_write(chain: Chain, card: Gpu, d
     cuts = -(-seg.padded_out // block_n(seg, tile))
     inner, outer = packed_bytes(seg, tile)
     if tile.resident:  # thread blocks fetch their weights once
-        tiles = min(tiles, max(1, card.sms * tile.blocks // (cuts * tile.split)))
+        sms = max(tile.split, cluster_sms(card.sms, tile.split))
+        tiles = min(tiles, max(1, sms * tile.blocks // (cuts * tile.split)))
     total = float(tiles * ((cuts if project else 1) * inner + outer))
     vector = 16 // seg.element
     x_bytes, y_bytes = seg.c_in * seg.element, seg.c_out * seg.element
