@@ -11,8 +11,8 @@
 // The three parts of a squeeze-and-excite are options of modules: one that ends in a depthwise may write sums of its
 // output over the map besides (`pool`), a gate is two pointwises on the mean of X over its map (`mean`), and a module
 // that starts with a pointwise may multiply X by a factor for each image and channel (`scaled`). Such a module may take
-// a LayerNormalization of X over its channels instead (`norm_epsilon`), whose scale and shift are in the weights. A lone
-// pointwise on the mean of X, `mean` too, is how a classification network ends.
+// a LayerNormalization of X over its channels instead (`norm_epsilon`), whose scale and shift are in the weights. A
+// lone pointwise on the mean of X, `mean` too, is how a classification network ends.
 #pragma once
 
 namespace fcm {
