@@ -84,7 +84,7 @@ _TENSOR = {75: (0.25, 1.0), 80: (0.5, 1.0), 86: (0.25, 1.0), 87: (0.5, 1.0), 89:
 
 # Plain instructions an activation takes for one register of values (two float16, or one float32).
 _ACTIVATION = {"none": 0, "relu": 1, "clip": 2, "hardswish": 4, "hardsigmoid": 3, "leakyrelu": 2, "prelu": 3,
-               "silu": 8, "sigmoid": 7, "tanh": 6, "gelu": 16, "gelu_tanh": 12}  # fmt: skip
+               "silu": 8, "sigmoid": 7, "tanh": 6, "gelu": 24, "gelu_tanh": 16}  # fmt: skip
 
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
@@ -391,11 +391,12 @@ def illegal(seg: Segment, tile: Tile) -> str:
 
 def _no_wgmma(seg: Segment, tile: Tile) -> str:
     """What wgmma needs and does not find; empty if it finds all."""
-    if seg.scaled or seg.mean or (seg.normed and seg.first):
+    loads = seg.first is not None and not seg.depthwise
+    if not loads and (seg.scaled or seg.mean or (seg.normed and seg.first)):
         return "X as it is"
     stem = seg.first is not None and seg.first.kind == "conv"
-    if stem or not (seg.project or seg.first) or (seg.first and not seg.depthwise):
-        return "pointwise stages, with a depthwise between two, or a lone dense one"
+    if stem or not (seg.project or seg.first):
+        return "pointwise stages, or a lone dense one"
     if tile.warps_m % 4 or (seg.first and tile.chunk > 128):
         return "warps_m to be a multiple of 4, and of a chunk at most 128 channels"
     if seg.project and tile.warps_n > 1 and block_n(seg, tile) % (tile.warps_n * seg.group):
@@ -423,7 +424,9 @@ def pool_rows(seg: Segment, tile: Tile) -> int:
 
 
 def _first_rows(seg: Segment, tile: Tile) -> int:
-    """Pixels of the halo region, in the rows of a product."""
+    """Pixels of the halo region (or the flat ones), in the rows of a product."""
+    if not seg.depthwise:
+        return 16 * tile.patch_h * tile.warps_m
     spatial = tiling(seg, tile)
     return round_up(tile.images * spatial.halo_rows * spatial.halo_columns, 64 if tile.wgmma else 16)
 
@@ -528,7 +531,10 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         phase = max(phase, depthwise)
     if tile.wgmma and seg.first:  # the results of products of the first stage
         own = tile.chunk // 2
-        phase = max(phase, own * min(_first_tiles(seg, tile), max(1, 64 // own)))
+        tiles = max(1, 64 // own) if seg.depthwise else 1
+        phase = max(
+            phase, own * min(_first_tiles(seg, tile), tiles) if seg.depthwise else own * tile.patch_h // tile.warps_n
+        )
     if seg.pool and seg.depthwise:  # sums, and where they go; of a large filter more is loaded ahead
         phase += 16 * max(seg.depthwise.stride) if seg.depthwise.taps <= 9 else 8 + 8 * tile.patch_h
     if seg.scaled:
@@ -640,6 +646,7 @@ class Work(NamedTuple):
     adding: float  # instructions of a warp that takes the mean of the input, once a tile
     waiting: float  # clocks in which it waits for that input
     ends: float  # registers of output that a warp finishes and stores, once a tile
+    last: float  # plain instructions of the last activation, once a tile
     recompute: float
 
 
@@ -697,7 +704,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
 
     # Work of a warp in a chunk step.
     pack = 2 if e == 2 else 1
-    products = operands = values = loads = stores = 0.0
+    products = operands = values = loads = stores = last = 0.0
     row = 32 / 512 / 4  # vectors of a warp that one of four reads: half a group of a pixel or channel
     copied = copied_weights = 0  # bytes that cp.async brings in a step, whole thread block
     # The kernels clip the halo region to the map, and warps without a tile of it skip `first`: the mean of a warp.
@@ -707,15 +714,16 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         tiles = min(_first_tiles(seg, t), rows / warps) if layer else t.patch_h
     if seg.first:
         weights = groups * group // 8 * seg.first_steps * 256
-        products += tiles * groups * (group // 8) * seg.first_steps
+        own = groups if layer else groups / t.warps_n  # without a depthwise, warps_n share the groups
+        products += tiles * own * (group // 8) * seg.first_steps
         if t.wgmma:
-            operands += tiles * seg.first_steps * (64 + t.chunk) * row
-            loads += tiles * groups
+            operands += tiles * seg.first_steps * (64 + own * group) * row
+            loads += tiles * own
         else:
-            loads += weights / 512 * (max(tiles / 2, min(tiles, 1)) if layer else tiles)
+            loads += weights / 512 * (max(tiles / 2, min(tiles, 1)) if layer else tiles * own / groups)
             if not _first_in_registers(seg, t):
-                loads += tiles * seg.first_steps * groups
-        values += tiles * 16 * groups * group / pack / 32 * (2 + _ACTIVATION[seg.first.activation])
+                loads += tiles * seg.first_steps * own
+        values += tiles * 16 * own * group / pack / 32 * (2 + _ACTIVATION[seg.first.activation])
         if layer:
             stores += tiles * 2 * groups
         copied_weights += weights
@@ -766,6 +774,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
             width = 16 // e if seg.c_in % (16 // e) == 0 else 1
             values += 6 * t.patch_h * 16 * t.chunk / width / 32
         ends = accumulators(seg, t) * (2 - 1 / t.split)
+        last = accumulators(seg, t) / t.split / pack * _ACTIVATION[seg.project.activation]
     else:
         ends = steps * groups * t.patch_h * 8.0
 
@@ -781,7 +790,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     return Work(
         spatial * apart, spatial_blocks * apart, ceil_div(spatial, spatial_blocks), busy, warps, steps, t.split,
         int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, products, operands,
-        values, loads, stores, copied / 512 / warps, copied_weights / 512 / warps, tiles, adding, waiting, ends,
+        values, loads, stores, copied / 512 / warps, copied_weights / 512 / warps, tiles, adding, waiting, ends, last,
         max(1.0, done / seg.multiply_adds),
     )  # fmt: skip
 
@@ -798,7 +807,7 @@ def times(
     plain = slower * (w.values + w.loads + w.stores + priors.copy_instructions * w.copies)
     asking = priors.bulk_copy_instructions if gpu.sm >= 90 else priors.weight_copy_instructions
     fetch = slower * w.steps * asking * w.weight_copies  # once in a thread block
-    tile = w.steps * plain + priors.gather_instructions * w.tiles + w.adding + priors.store_instructions * w.ends
+    tile = w.steps * plain + priors.gather_instructions * w.tiles + w.adding + priors.store_instructions * w.ends + w.last
     multiplying = 0.1 if w.operands else 1 if on_tensor else 33
     issued = w.turns * (tile + w.steps * w.products * multiplying) + fetch
     step = w.loads * priors.load_clocks

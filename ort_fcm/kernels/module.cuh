@@ -291,7 +291,7 @@ struct Module {
 
   FCM_DEVICE void load_first_input(const T& at) {
     if constexpr (kWgmma) {
-      copy_first_input(at);
+      kFlatFirst ? load_flat_input(at) : copy_first_input(at);
       return;
     }
     [[maybe_unused]] const typename In::Staged staged(shared + kStagedAt, at.halo_x());
@@ -465,6 +465,62 @@ struct Module {
       }
     }
   }
+  // Without a depthwise, warpgroups multiply the same pixels twice: each lane loads its own channels, of all groups, to
+  // where they lie in a row block, and later puts the result of their products in the same place of an exchange buffer.
+  static constexpr bool kFlatFirst = kWgmma && kFirst && !S.depthwise;
+  static constexpr int kShare = kFlatFirst ? kChunkGroups / S.tile.warps_n : 1;  // groups of a chunk that a warp computes
+  FCM_DEVICE void load_flat_input(const T& at) const {
+    if constexpr (kFlatFirst) {
+      FCM_UNROLL
+      for (int i = 0; i < 2 * P; ++i) {
+        if (i % S.tile.warps_n != L::warp_n()) continue;
+        const Pixel q = at.output_pixel(p, L::warp_m(), i / 2, i % 2);
+        FCM_UNROLL
+        for (int kg = 0; kg < kFirstGroups; ++kg)
+          *(Vec*)flat_input(kg, i) = In::template load<S.first, L::kLane>(
+              p, S.first_window, q.n, q.y, q.x, kg * kGroup + L::column() * L::kLane, q.valid);
+        if constexpr (normalises(S)) Normalise<C>::run([&](int kg) -> Vec& { return *(Vec*)flat_input(kg, i); });
+      }
+    }
+  }
+  FCM_DEVICE char* flat_input(int kg, int i) const { return shared + kInputAt + exchange_offset(kg, i / 2, i % 2); }
+  FCM_DEVICE void start_flat_first(float (&c)[P][kShare][kBlocks8][4], int step) const {
+    const int g0 = L::warp_n() * kShare;
+    const char* buffer = first_buffer(step);
+    const float* bias =
+        (const float*)(buffer + kChunkGroups * first_group_bytes(S)) + g0 * kGroup + L::column() * L::kLane;
+    FCM_UNROLL
+    for (int py = 0; py < P; ++py) {
+      FCM_UNROLL
+      for (int gi = 0; gi < kShare; ++gi) L::start(c[py][gi], bias + gi * kGroup);
+    }
+    wgmma_fence(c);
+    const char* weights = buffer + warpgroup() / (S.tile.warps_m / 4) * kShare * first_group_bytes(S);
+    const char* rows = shared + kInputAt + warpgroup() % (S.tile.warps_m / 4) * 8 * kFragment;
+    FCM_UNROLL
+    for (int py = 0; py < P; ++py) {
+      FCM_UNROLL
+      for (int s = 0; s < kFirstSteps; ++s)
+        wgmma<S.type, kShare * kGroup>(&c[py][0][0][0], rows + (s / 2 * P + py) * S.tile.warps_m * 2 * kFragment,
+                                       weights + s / 2 * kFragment, kFirstGroups * kFragment, s % 2);
+    }
+    wgmma_commit();
+  }
+  FCM_DEVICE void finish_flat_first(const float (&c)[P][kShare][kBlocks8][4], int step) const {
+    const char* buffer = first_buffer(step);
+    FCM_UNROLL
+    for (int py = 0; py < P; ++py) {
+      FCM_UNROLL
+      for (int i = 0; i < kShare; ++i) {
+        const int gi = L::warp_n() * kShare + i;
+        FCM_UNROLL
+        for (int side = 0; side < 2; ++side)
+          *(Vec*)(exchange_buffer(step) + exchange_offset(gi, py, side)) =
+              L::operand(L::pack(c[py][i], side, S.first_act, first_slope(buffer, gi)));
+      }
+    }
+  }
+
   // Copies bring X as it is: where a warpgroup reads floats, each thread rounds what it has copied, once it is there.
   static constexpr bool kRoundsCopies = kWgmma && S.type == Type::tf32 && vector_input(S);
   FCM_DEVICE static void round_copied(char* at) { *(Vec*)at = L::operand(*(const Vec*)at); }
@@ -544,7 +600,18 @@ struct Module {
   }
   // The products of a step: of `first` for the chunk after it; of `project` for the chunk before it, begun.
   FCM_DEVICE void multiply(int step) {
-    if constexpr (kFirst) {
+    if constexpr (kFlatFirst) {
+      // Of this chunk, whose activation is computed while the products of `project` for the chunk before it run.
+      float c[P][kShare][kBlocks8][4];
+      if (step < steps) {
+        start_flat_first(c, step);
+        wgmma_wait<0>(c);
+      }
+      if (step >= kLag) start_project(step - kLag);
+      if (step < steps) finish_flat_first(c, step);
+      return;
+    }
+    if constexpr (kFirst && S.depthwise) {
       if (step + 1 < steps) {
         FCM_UNROLL
         for (int i = 0; i < kFirstTiles; i += kBatch) {
@@ -845,7 +912,7 @@ struct Module {
         multiply(step);
       else if (kAhead > 0 && step + 1 < steps)
         first_to_halo(step + 1);
-      if constexpr (!kStreams)
+      if constexpr (!kStreams && !kFlatFirst)
         if (step < steps) produce(step);
       if constexpr (kWgmma && kMomentsTaken)
         if (step >= kLag) add_exchanged_moments(step - kLag);

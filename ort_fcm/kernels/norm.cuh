@@ -27,7 +27,7 @@ struct Normalise {
   }
   // Whether this lane's i-th channel of group kg is one of X's.
   FCM_DEVICE static bool exists(int kg, int i) {
-    const int share = kSteps % 2 && kg == kSteps / 2 ? L::kLane / 2 : L::kLane;
+    const int share = kSteps % 2 && kg == kSteps / 2 && !S.tile.wgmma ? L::kLane / 2 : L::kLane;
     return i < share && kg * L::kGroup + L::column() * share + i < S.c_in;
   }
 

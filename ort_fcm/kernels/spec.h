@@ -196,8 +196,9 @@ constexpr int halo_w(const Spec& s) {
   return halo(s.tile.tile_w, w.kernel_w, w.stride_w, w.dilation_w);
 }
 constexpr int halo_pitch(const Spec& s) { return round_up(halo_w(s), 2); }
-// Pixels of the halo region in the rows of a product; a warpgroup's product has 64.
+// Pixels of the halo region (or the flat ones) in the rows of a product; a warpgroup's product has 64.
 constexpr int first_rows(const Spec& s) {
+  if (!s.depthwise) return flat_pixels(s);
   return round_up(s.tile.images * halo_h(s) * halo_w(s), s.tile.wgmma ? 64 : 16);
 }
 // Tiles of `first`, 16 pixels (or 64), that a warp (or four) computes.
@@ -432,11 +433,12 @@ constexpr const char* illegal(const Spec& s) {
   if (t.resident != 0 && t.resident != 1) return "resident must be 0 or 1";
   if (t.wgmma != 0 && t.wgmma != 1) return "wgmma must be 0 or 1";
   if (t.wgmma && s.type == Type::float32) return "wgmma needs float16 or TF32";
-  if (t.wgmma && (s.scaled || s.mean || (normalises(s) && s.first != Dense::none))) return "wgmma reads X as it is";
+  const bool loads = s.first != Dense::none && !s.depthwise;  // X, and does not copy it
+  if (t.wgmma && !loads && (s.scaled || s.mean || (normalises(s) && s.first != Dense::none)))
+    return "wgmma reads X as it is";
   if (t.wgmma && (s.first == Dense::none || !s.depthwise) && !has_project(s))
     return "wgmma needs a pointwise in front of a depthwise, or a project";
   if (t.wgmma && s.first == Dense::convolution) return "wgmma needs pointwise";
-  if (t.wgmma && s.first != Dense::none && !s.depthwise) return "wgmma needs a depthwise between pointwise stages";
   if (t.wgmma && has_project(s) && (block_n(s) % t.warps_n || block_n(s) / t.warps_n % group(s.type)) && t.warps_n > 1)
     return "wgmma needs whole groups of output channels for each of warps_n";
   if (t.wgmma && t.warps_m % 4) return "wgmma needs warps_m to be a multiple of 4";

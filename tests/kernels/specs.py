@@ -11,7 +11,7 @@ ACTIVATIONS = (
 PARAMETERS = {"clip": (-0.5, 1.5), "hardsigmoid": (0.2, 0.4), "leakyrelu": (0.1, 0.0)}
 TYPES = ("float16", "tf32", "float32")
 CHAINS = "dw pw conv dw-pw pw-dw conv-dw pw-pw conv-pw pw-dw-pw conv-dw-pw mean-pw-pw mean-pw".split()
-WARPGROUP_CHAINS = "pw conv dw-pw pw-dw pw-dw-pw".split()
+WARPGROUP_CHAINS = "pw conv dw-pw pw-dw pw-pw pw-dw-pw".split()
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,10 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     if chain in WARPGROUP_CHAINS and type_ != "float32" and rng.random() < 0.6:
         tile["wgmma"], tile["warps_m"] = 1, 4 * -(-warps_m // 4)
         tile["chunk"] = min(chunk, 128)
-        fields["scaled"] = "false"
-        fields["norm_epsilon"] = fields["norm_epsilon"] if chain == "pw" else "0"
+        if chain != "pw-pw":
+            fields["scaled"] = "false"
+        if chain not in ("pw", "pw-pw"):
+            fields["norm_epsilon"] = "0"
         if warps_n == 2:  # both have whole groups
             fields["c_out"] = str(2 * group - rng.choice((0, 1, 7)))
         if not last_dense:
@@ -171,6 +173,7 @@ def cases(seed: int, random_cases: int) -> list[Case]:
     for chain, *options in (
         ("pw-dw", "pool=true"), ("dw", "pool=true"), ("pw", "scaled=true"), ("pw-pw", "scaled=true"),
         ("pw-pw", "norm_epsilon=0.01f"), ("pw", "norm_epsilon=0.01f"), ("pw", "norm_epsilon=0.01f", "tile.wgmma=1"),
+        ("pw-pw", "norm_epsilon=0.01f", "tile.wgmma=1"),
     ):  # fmt: skip
         flagged = (draw(rng, chain, rng.choice(TYPES)) for _ in range(1000))
         wanted = {tuple(option.split("=")) for option in options}
