@@ -807,7 +807,9 @@ def times(
     plain = slower * (w.values + w.loads + w.stores + priors.copy_instructions * w.copies)
     asking = priors.bulk_copy_instructions if gpu.sm >= 90 else priors.weight_copy_instructions
     fetch = slower * w.steps * asking * w.weight_copies  # once in a thread block
-    tile = w.steps * plain + priors.gather_instructions * w.tiles + w.adding + priors.store_instructions * w.ends + w.last
+    tile = (
+        w.steps * plain + priors.gather_instructions * w.tiles + w.adding + priors.store_instructions * w.ends + w.last
+    )
     multiplying = 0.1 if w.operands else 1 if on_tensor else 33
     issued = w.turns * (tile + w.steps * w.products * multiplying) + fetch
     step = w.loads * priors.load_clocks

@@ -468,7 +468,8 @@ struct Module {
   // Without a depthwise, warpgroups multiply the same pixels twice: each lane loads its own channels, of all groups, to
   // where they lie in a row block, and later puts the result of their products in the same place of an exchange buffer.
   static constexpr bool kFlatFirst = kWgmma && kFirst && !S.depthwise;
-  static constexpr int kShare = kFlatFirst ? kChunkGroups / S.tile.warps_n : 1;  // groups of a chunk that a warp computes
+  static constexpr int kShare =
+      kFlatFirst ? kChunkGroups / S.tile.warps_n : 1;  // groups of a chunk that a warp computes
   FCM_DEVICE void load_flat_input(const T& at) const {
     if constexpr (kFlatFirst) {
       FCM_UNROLL

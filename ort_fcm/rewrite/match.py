@@ -158,7 +158,8 @@ def stage(view: View, index: int) -> Stage | str:
     if isinstance(pads, str):
         return pads
     source, padded, pad_nodes = pad_before(view, source, pads)
-    kind = _kind(in_channels, out_channels, group, kernel, padded)
+    patches = kernel == strides and dilations == (1, 1)
+    kind = _kind(in_channels, out_channels, group, kernel, padded, patches)
     if kind not in ("dw", "pw", "conv"):
         return kind
     repeats = out_channels // in_channels if kind == "dw" else 1
@@ -222,15 +223,18 @@ def same_values(view: View, node: NodeProto) -> bool:
     return len(before) > 1 and before[:2] == after[:2] and {before[2:], after[2:]} <= {(), (1, 1)}
 
 
-def _kind(in_channels: int, out_channels: int, group: int, kernel: tuple[int, int], pads: Sequence[int]) -> str:
-    """The kind of stage, or why it is none. Over few channels, groups are cheap as a dense convolution with zeros."""
+def _kind(
+    in_channels: int, out_channels: int, group: int, kernel: tuple[int, int], pads: Sequence[int], patches: bool
+) -> str:
+    """The kind of stage, or why it is none. Over few channels, groups are cheap as a dense convolution with zeros.
+    patches: windows lie side by side, so that each pixel is read once, as a pointwise reads it."""
     if group == 1 and kernel == (1, 1) and not any(pads):
         return "pw"
     if group > 1 and group == in_channels and (in_channels > STEM_CHANNELS or out_channels == in_channels):
         return "dw"
     if in_channels <= STEM_CHANNELS:
         return "conv"
-    if group == 1 and in_channels <= DENSE_CHANNELS and in_channels % 32 == 0:  # whole groups of channels
+    if group == 1 and (in_channels <= DENSE_CHANNELS or patches) and in_channels % 32 == 0:  # whole groups of channels
         return "conv"
     if group > 1:
         return f"grouped convolution ({group} groups of {in_channels // group} channels)"

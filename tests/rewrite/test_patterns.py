@@ -387,6 +387,16 @@ def test_reasons(reason: str, build: Callable[[Net, str], str], fuse: Fuse, seed
     assert result.model.SerializeToString(deterministic=True) == model.SerializeToString(deterministic=True)
 
 
+def test_patches_of_many_channels(fuse: Fuse, seed: int) -> None:
+    net = Net(seed=seed)
+    x = net.conv(net.input("batch", 96, "height", "width"), 20, 2, pads=(0,) * 4, strides=[2, 2])
+    net.output(x)
+    model = net.model()
+    result = fuse(model)
+    assert [module["stages"] for module in modules(result.model)] == ["conv"]
+    assert_same(model, result.model, seed)
+
+
 @pytest.mark.parametrize("shape, kernel", [((1, 8, 30), (3,)), ((1, 8, 5, 6, 7), (3, 3, 3))])
 def test_one_and_three_dimensions_stay(shape: tuple[int, ...], kernel: tuple[int, ...], fuse: Fuse, seed: int) -> None:
     net = Net(seed=seed)
