@@ -1,9 +1,8 @@
 """NVRTC compiles the kernels of planned networks for every architecture, without spills and within shared memory.
 
-A sample by default. With ORT_FCM_FULL=all, all kernels of all networks: MobileNetV2 in both types and two batches, the
-networks of ORT_FCM_MODELS in the types that CARDS tells, which architectures of one instruction set share out. Names of
-architectures, separated by commas, ask for all kernels in both types there. Cubins stay in the library's cache, so that
-a second run is quick.
+A sample by default. ORT_FCM_FULL names architectures, separated by commas (or `all`), for which all kernels of all
+networks are compiled, in both types: MobileNetV2 at two batches, and the networks of ORT_FCM_MODELS. Cubins stay in the
+library's cache, so that a second run is quick.
 """
 
 from __future__ import annotations
@@ -29,23 +28,21 @@ SAMPLE = 3  # kernels of a network, type and architecture
 
 @dataclass(frozen=True)
 class Card:
-    """The GPU that an architecture is planned for, the bytes of shared memory that a thread block may have there, and
-    the types in which all networks are planned for it."""
+    """The GPU that an architecture is planned for, and the bytes of shared memory that a thread block may have there."""
 
     gpu: str
     shared_bytes: int
-    types: tuple[str, ...]
 
 
 CARDS = {
-    "sm_75": Card("T4", 64 << 10, ("float16",)),
-    "sm_80": Card("A100", 163 << 10, ("float16",)),
-    "sm_86": Card("A10", 99 << 10, ("float32",)),
-    "sm_87": Card("Jetson AGX Orin", 163 << 10, ("float32",)),
-    "sm_89": Card("RTX 4090", 99 << 10, ("float16",)),
-    "sm_90a": Card("H200", 227 << 10, ("float16", "float32")),
-    "sm_100": Card("B200", 227 << 10, ("float16",)),
-    "sm_120": Card("RTX 5090", 99 << 10, ("float32",)),
+    "sm_75": Card("T4", 64 << 10),
+    "sm_80": Card("A100", 163 << 10),
+    "sm_86": Card("A10", 99 << 10),
+    "sm_87": Card("Jetson AGX Orin", 163 << 10),
+    "sm_89": Card("RTX 4090", 99 << 10),
+    "sm_90a": Card("H200", 227 << 10),
+    "sm_100": Card("B200", 227 << 10),
+    "sm_120": Card("RTX 5090", 99 << 10),
 }
 
 
@@ -57,7 +54,7 @@ def _networks(architecture: str, dtype: str) -> Iterator[tuple[str, onnx.ModelPr
     for batch in (1, 128):
         yield f"mobilenetv2 batch {batch}", mobilenetv2.build(batch, dtype)
     directory = os.environ.get("ORT_FCM_MODELS")
-    if directory and (architecture in FULL or ("all" in FULL and dtype in CARDS[architecture].types)):
+    if directory and _full(architecture):
         for path in sorted(Path(directory).glob("*.onnx")):
             model = onnx.load(path)
             constants = {tensor.name for tensor in model.graph.initializer}
