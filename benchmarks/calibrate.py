@@ -28,7 +28,6 @@ from planner.cost import (
     Work,
     estimate,
     joined,
-    registers,
     segment,
     times,
     work,
@@ -46,7 +45,6 @@ class Timing:
     tile: Tile
     work: Work
     blocks: int  # thread blocks an SM held
-    missing: int  # registers that `blocks` took from a thread, as the planner estimates
     us: float
 
 
@@ -104,9 +102,7 @@ def problems(files: Iterable[Path], card: Gpu) -> list[Problem]:
             found[key] = Problem(f"{row['B']}x {seg.stages} {name}@{row['H']} s{strides}", seg, {})
         known = found[key]
         tile = Tile(**{name[5:]: value for name, value in spec.items() if name.startswith("tile.")})
-        bound = card.registers_per_sm // (tile.blocks * tile.threads) // 8 * 8
-        missing = max(0, registers(known.seg, tile, card) - bound)
-        known.timings[tile] = Timing(tile, work(known.seg, tile, card.sms), row["occ"], missing, row["us"])
+        known.timings[tile] = Timing(tile, work(known.seg, tile, card.sms), row["occ"], row["us"])
     return list(found.values())
 
 
@@ -127,12 +123,7 @@ def fit(chosen: list[Problem], card: Gpu, priors: Priors, steps: int = 40) -> Pr
 
     def residuals(x: Vector) -> Vector:
         now = priors_of(x)
-        told = [
-            joined(
-                seg, t.work, times(seg, t.work, card, t.blocks, t.missing, bool(t.tile.resident), now), t.blocks, now
-            )
-            for seg, t, _ in rows
-        ]
+        told = [joined(times(seg, t.work, card, t.blocks, now), now) for seg, t, _ in rows]
         return np.concatenate([weight * (np.log(told) - measured), stay * (x - start)])
 
     start = np.log([getattr(priors, name) for name in FITTED])

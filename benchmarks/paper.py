@@ -85,7 +85,7 @@ def prepare(args: argparse.Namespace) -> Entry:
         for module in plan.modules:
             part = confirm.lone(chain, module.first, module.last)
             entry["plan"].append(len(modules))
-            modules.append(confirm.entry_of(part, module))
+            modules.append(confirm.entry_of(part, module, gpu))
         entries.append(entry)
     every = list(range(len(modules)))
     return {"gpu": gpu.name, "profiled": every, "timed": every, "modules": modules, "chains": entries}

@@ -24,34 +24,26 @@ class Priors:
 
     dram_share: float = 0.90  # of memory_gbps that a copy reaches: 4.3 of 4.8 TB/s
     l2_share: float = 1.0  # of l2_gbps, itself an estimate of what is reached
-    l2_bytes_per_clock: float = 21.25  # L2 bytes that one SM takes in a clock
-    weight_traffic: float = 0.003969  # of the time of L2's other bytes that weights take: many SMs ask for the same
     tensor_share: float = 1.0  # of the rate of mma.sync
     plain_share: float = 0.65  # of an SM's multiply-adds that products reach where there are no tensor cores
-    overlap: float = 1.663  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
-    alone: float = 0.001188  # of that norm lost where an SM holds one thread block, half of it where it holds two
-    stream_overlap: float = 1.432  # the norm of a lone pointwise, which computes little while it waits
-    copy_instructions: float = 0.08363  # a warp's 512 bytes of asynchronous copies of X: addresses, predicates, waits
-    weight_copy_instructions: float = 26.8  # the same, of weights, before sm_90
-    bulk_copy_instructions: float = 0.02107  # the same, where one thread asks for all of a chunk's
-    gather_instructions: float = 217  # a 16-pixel tile of `first`: its places, and loading its input
-    store_instructions: float = 14.13  # a register of the output: bias, address, store
-    spill: float = 0.123  # more instructions where `blocks` takes 16 registers from a thread; grows as the square
-    clocks_per_instruction: float = 3.128  # of one warp alone
-    load_clocks: float = 0.0658  # the same, of a vector from shared memory, beyond its instruction
-    product_clocks: float = 20.9  # the same, of a tensor-core product
-    wgmma_clocks: float = 1.122  # the same, of 8 channels of a product of 64 pixels
-    operand_share: float = 1.019  # of the time of a shared memory access that an operand of wgmma takes
-    step_clocks: float = 722.8  # of a chunk step: its barrier, and the copies' latency that is not hidden
-    warp_clocks: float = 83.72  # the same, for each warp of the thread block: the slowest keeps all waiting
-    resident_step_clocks: float = 6.447  # the same, where weights are resident
-    block_clocks: float = 1302  # of a thread block: its first loads, its last stores
-    stream_step_clocks: float = 8.919  # the same, of a lone pointwise: a product alone hides little of X's latency
-    resident_stream_step_clocks: float = 540.3  # and with resident weights, whose copies are two steps ahead at most
-    turn_clocks: float = 1.281  # of every tile of a resident thread block: what of that is not overlapped
-    split_clocks: float = 523.1  # of a cluster: its barriers and the partial sums through distributed shared memory
-    part_clocks: float = 184  # the same, for each of its thread blocks
-    tail_rounds: float = 0.1604  # rounds lost where thread blocks do not all fit the GPU at once
+    overlap: float = 1.698  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
+    copy_instructions: float = 12.47  # a warp's 512 bytes of asynchronous copies: addresses, predicates, waits
+    gather_instructions: float = 297.6  # a 16-pixel tile of `first`: its places, and loading its input
+    store_instructions: float = 18.7  # a register of the output: bias, residual, address, store
+    clocks_per_instruction: float = 1.895  # of one warp alone
+    product_clocks: float = 19.11  # the same, of a tensor-core product
+    wgmma_clocks: float = 4.739  # the same, of 8 channels of a product of 64 pixels
+    fragment_clocks: float = 211.8  # the same, of loading a fragment of `first` that goes to shared memory
+    step_clocks: float = 315.3  # of a chunk step: its barrier, and the copies' latency that is not hidden
+    warp_clocks: float = 41.09  # the same, for each warp of the thread block: the slowest keeps all waiting
+    gather_clocks: float = 3620  # the same, of a lone dense convolution whose input no copies bring ahead
+    block_clocks: float = 394.2  # of a thread block: its first loads, its last stores
+    wgmma_block_clocks: float = 1275  # more of that with wgmma
+    split_clocks: float = 3770  # of a cluster: its barriers and the partial sums through distributed shared memory
+    turn_share: float = 0.9055  # of a tile's latency that one after it takes, whose input was fetched ahead
+    stream_turn_share: float = 1.808  # the same, of a lone pointwise: its copies are two chunks ahead at most
+    tail_rounds: float = 0.1717  # rounds lost where thread blocks do not all fit the GPU at once
+    dispatch_clocks: float = 594.4  # in which an SM starts a thread block
     launch_us: float = 1.2  # of a kernel in a captured graph
     base_registers: int = 52  # addresses, counters, pipeline state
     gathered_registers: int = 60  # from sm_100 on, the assembler gathers more loads
@@ -70,11 +62,10 @@ class Priors:
 
 PRIORS = Priors()
 FITTED = (
-    "overlap", "alone", "stream_overlap", "l2_bytes_per_clock", "weight_traffic", "copy_instructions",
-    "bulk_copy_instructions", "gather_instructions", "store_instructions", "spill", "clocks_per_instruction",
-    "load_clocks", "product_clocks", "wgmma_clocks", "operand_share", "step_clocks", "warp_clocks",
-    "resident_step_clocks", "block_clocks", "stream_step_clocks", "resident_stream_step_clocks", "turn_clocks",
-    "split_clocks", "part_clocks", "tail_rounds",
+    "overlap", "copy_instructions", "gather_instructions", "store_instructions",
+    "clocks_per_instruction", "product_clocks", "wgmma_clocks", "fragment_clocks", "step_clocks", "warp_clocks",
+    "gather_clocks", "block_clocks", "wgmma_block_clocks", "split_clocks", "turn_share", "stream_turn_share",
+    "tail_rounds", "dispatch_clocks",
 )  # fmt: skip
 
 # By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
@@ -82,9 +73,10 @@ FITTED = (
 _TENSOR = {75: (0.25, 1.0), 80: (0.5, 1.0), 86: (0.25, 1.0), 87: (0.5, 1.0), 89: (0.25, 1.0), 90: (1.0, 0.65),
            100: (1.0, 0.3), 120: (0.25, 1.0)}  # fmt: skip
 
-# Plain instructions an activation takes for one register of values (two float16, or one float32).
-_ACTIVATION = {"none": 0, "relu": 1, "clip": 2, "hardswish": 4, "hardsigmoid": 3, "leakyrelu": 2, "prelu": 3,
-               "silu": 8, "sigmoid": 7, "tanh": 6, "gelu": 24, "gelu_tanh": 16}  # fmt: skip
+# Instructions an activation takes for a value, in float: an exponential or a reciprocal counts as four. The cheapest
+# ones take two halves at once.
+_ACTIVATION = {"none": 0, "relu": 0.5, "clip": 1, "hardswish": 3, "hardsigmoid": 3, "leakyrelu": 2, "prelu": 2,
+               "silu": 12, "sigmoid": 11, "tanh": 12, "gelu": 30, "gelu_tanh": 17}  # fmt: skip
 
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
@@ -211,6 +203,11 @@ class Segment:
         return self.stages == "pw" and self.c_in % (16 // self.element) == 0
 
     @cached_property
+    def gathers(self) -> bool:
+        """A lone dense convolution that loads its input element by element."""
+        return self.stages == "conv" and not self.streams
+
+    @cached_property
     def input_elements(self) -> int:
         """Elements of X that any window touches."""
         if self.mean:
@@ -307,6 +304,7 @@ class Tiling(NamedTuple):
     halo_columns: int
     mid_pixels: int  # over all tiles, overlaps counted again, what is outside the map left out
     x_pixels: int  # the same of X
+    x_runs: int  # rows of X that tiles read, each time
 
 
 def _tiled(seg: Segment, axis: int, tile: int) -> tuple[int, int, int]:
@@ -335,7 +333,10 @@ def tiling(seg: Segment, tile: Tile) -> Tiling:
             _tiled(seg, 0, tile.tile_h), _tiled(seg, 1, tile.tile_w)
         )  # fmt: skip
         tiles = ceil_div(seg.maps[-1][0], tile.tile_h) * ceil_div(seg.maps[-1][1], tile.tile_w)
-        found = Tiling(tiles, halo_rows, halo_columns, mid_rows * mid_columns, x_rows * x_columns)
+        found = Tiling(
+            tiles, halo_rows, halo_columns, mid_rows * mid_columns, x_rows * x_columns,
+            x_rows * ceil_div(seg.maps[-1][1], tile.tile_w),
+        )  # fmt: skip
         seg.tilings[tile.tile_h, tile.tile_w] = found
     return found
 
@@ -462,14 +463,11 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
         once = warps * _first_tiles(seg, t) * ceil_div(seg.first_steps, 2) * 2 * fragment
     if seg.depthwise:
         spatial = tiling(seg, t)
-        if seg.first and seg.first.kind == "conv":  # the patch of X under the halo region
-            rows = (spatial.halo_rows - 1) * seg.first.stride[0] + seg.first.reach[0]
-            columns = (spatial.halo_columns - 1) * seg.first.stride[1] + seg.first.reach[1]
-            pitch = round_up(columns + max(1, seg.first_columns - seg.first.kernel[1]), 2)
-            once += round_up(t.images * seg.c_in * rows * pitch * seg.element, 16)
+        if seg.first and seg.first.kind == "conv":
+            once += round_up(staged_bytes(seg, t), 16)
         planes += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
     if seg.mean:
-        once = _steps(seg, t) * groups * round_up(t.images, 8) * 64 + gate.parts_bytes(seg, t)
+        once = chunk_steps(seg, t) * groups * round_up(t.images, 8) * 64 + gate.parts_bytes(seg, t)
     if seg.project:
         weights += groups * (block_n(seg, t) // 8) * fragment
         if _exchanges(seg, t):
@@ -478,10 +476,20 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
     if seg.takes_moments and t.split > 1:
         reduction += t.warps_m * t.patch_h * 128
     stages = 3 if seg.streams and t.wgmma and not t.resident else 2  # of what a chunk step replaces
-    working = once + stages * planes + (_steps(seg, t) if t.resident else stages) * weights
+    working = once + stages * planes + (chunk_steps(seg, t) if t.resident else stages) * weights
     arrivals = 32
     # Tiles that follow need the working buffers.
     return arrivals + (working + reduction if t.resident else max(working, reduction))
+
+
+def staged_bytes(seg: Segment, tile: Tile) -> int:
+    """The patch of X under the halo region of a tile, where a dense convolution comes before a depthwise."""
+    assert seg.first
+    spatial = tiling(seg, tile)
+    rows = (spatial.halo_rows - 1) * seg.first.stride[0] + seg.first.reach[0]
+    columns = (spatial.halo_columns - 1) * seg.first.stride[1] + seg.first.reach[1]
+    pitch = round_up(columns + max(1, seg.first_columns - seg.first.kernel[1]), 2)
+    return tile.images * seg.c_in * rows * pitch * seg.element
 
 
 def packed_bytes(seg: Segment, tile: Tile) -> tuple[int, int]:
@@ -494,16 +502,17 @@ def packed_bytes(seg: Segment, tile: Tile) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def touched_bytes(channels: int, element: int) -> float:
-    """Bytes of the sectors that a pixel's groups of 64 bytes touch, one group after another: the mean over pixels that
+def touched_bytes(channels: int, element: int, access: int) -> float:
+    """Bytes of the sectors that accesses of `access` bytes to a pixel touch, each apart: the mean over pixels that
     follow one another in memory."""
     pixel = channels * element
     period = SECTOR // gcd(pixel, SECTOR)
-    groups = [(i * pixel + at, i * pixel + min(at + 64, pixel)) for i in range(period) for at in range(0, pixel, 64)]
-    return SECTOR * sum(ceil_div(end, SECTOR) - start // SECTOR for start, end in groups) / period
+    starts = [(i * pixel, at) for i in range(period) for at in range(0, pixel, access)]
+    ends = [(start + at, start + min(at + access, pixel)) for start, at in starts]
+    return SECTOR * sum(ceil_div(end, SECTOR) - begin // SECTOR for begin, end in ends) / period
 
 
-def _steps(seg: Segment, tile: Tile) -> int:
+def chunk_steps(seg: Segment, tile: Tile) -> int:
     """Chunks that a thread block walks over."""
     groups = tile.chunk // seg.group
     if seg.project:
@@ -516,6 +525,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
     if seg.gate:
         return gate.REGISTERS
     phase = 16 + 8 * tile.patch_h  # fragments of a tensor-core product
+    if seg.streams and tile.wgmma and seg.element == 2:  # which tensor cores read from shared memory
+        phase -= 40
     sums = accumulators(seg, tile)
     if seg.depthwise:
         pixels = 6 * max(seg.depthwise.stride)
@@ -547,15 +558,14 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         phase += 16 + (8 if min(tile.images, tile.patch_h) > 1 else 0)  # operands rounded to TF32
         if seg.stages == "dw-pw" and gpu.sm < 90:  # and the places of asynchronous copies
             phase += 16
-    gathers = seg.stages == "conv" and not seg.streams
-    if gathers and seg.element == 2:  # the compiler gathers the operands of all products at once
+    if seg.gathers and seg.element == 2:  # the compiler gathers the operands of all products at once
         phase += 72 * tile.patch_h - 50
     held = _first_tiles(seg, tile) * seg.first_steps * 3 if seg.first and _first_in_registers(seg, tile) else 0
     kept = 0  # what a resident block remembers between tiles, and what of the next tile's input is on its way
     if tile.resident:
         stem = seg.stages.startswith("conv")
         kept = priors.resident_registers + (24 if stem and seg.depthwise else 8 if seg.project and not stem else 32)
-        if gathers or (seg.element == 4 and (stem or (seg.first and not held))):
+        if seg.gathers or (seg.element == 4 and (stem or (seg.first and not held))):
             kept += 96
         if seg.stages == "dw-pw" and seg.element == 4:
             kept += 8 * tile.patch_h
@@ -643,10 +653,11 @@ class Work(NamedTuple):
     copies: float  # a step's asynchronous copies of X, 512 bytes
     weight_copies: float  # the same, of weights
     tiles: float  # 16-pixel tiles of `first` that a warp prepares, once a tile; a mean
+    fragments: float  # half groups of these that go to shared memory as they are loaded
     adding: float  # instructions of a warp that takes the mean of the input, once a tile
     waiting: float  # clocks in which it waits for that input
-    ends: float  # registers of output that a warp finishes and stores, once a tile
-    last: float  # plain instructions of the last activation, once a tile
+    ends: float  # registers of output, and of a residual, that a warp stores or loads, once a tile
+    end_values: float  # its plain instructions on them
     recompute: float
 
 
@@ -679,7 +690,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
             r = min(seg.height, (r - 1) * dense.stride[0] + dense.reach[0])
             c = min(seg.width, (c - 1) * dense.stride[1] + dense.reach[1])
             x_pixels = max(spatial * r * c, seg.input_elements // seg.c_in)
-    steps = _steps(seg, t)
+    steps = chunk_steps(seg, t)
     apart = blocks_n * t.split  # thread blocks of a spatial tile
     sms = max(t.split, cluster_sms(sms, t.split))
     spatial_blocks, busy = spatial, ceil_div(spatial * apart, sms)
@@ -693,10 +704,12 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     recomputed = blocks_n if seg.project else 1
     x_bytes, y_bytes = float(e * seg.c_in), float(e * seg.c_out)  # of a pixel
     vector = 16 // e  # channels
-    if seg.c_in % vector == 0 and (seg.streams or (layer and not seg.first)):  # copied past L1
-        x_bytes = touched_bytes(seg.c_in, e)
-    written = touched_bytes(seg.c_out, e) if seg.c_out % vector == 0 else y_bytes
+    if seg.c_in % vector == 0 and (seg.streams or (layer and not seg.first) or (seg.first and t.wgmma)):
+        x_bytes = touched_bytes(seg.c_in, e, 32)  # copied past L1, by two lanes at a time
+    written = touched_bytes(seg.c_out, e, 64) if seg.c_out % vector == 0 else y_bytes
     moved = x_reads * x_pixels * x_bytes + out_pixels * (written + (y_bytes if seg.residual else 0))
+    if layer and seg.first and seg.first.kind == "conv":  # runs of words, broken where a row ends and a warp does
+        moved += x_reads * (SECTOR - 4) * (seg.batch * cut.x_runs * seg.c_in + spatial * staged_bytes(seg, t) / 128)
     inner, outer = packed_bytes(seg, t)
     padding = inner + outer - e * seg.weight_elements
     if seg.pool:  # a row for every warp with pixels
@@ -704,11 +717,11 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
 
     # Work of a warp in a chunk step.
     pack = 2 if e == 2 else 1
-    products = operands = values = loads = stores = last = 0.0
+    products = operands = values = loads = stores = 0.0
     row = 32 / 512 / 4  # vectors of a warp that one of four reads: half a group of a pixel or channel
     copied = copied_weights = 0  # bytes that cp.async brings in a step, whole thread block
     # The kernels clip the halo region to the map, and warps without a tile of it skip `first`: the mean of a warp.
-    tiles = 0.0
+    tiles = fragments = 0.0
     if seg.first:
         rows = round_up(ceil_div(mid_pixels, spatial), 64 if t.wgmma else 16) // 16
         tiles = min(_first_tiles(seg, t), rows / warps) if layer else t.patch_h
@@ -723,7 +736,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
             loads += weights / 512 * (max(tiles / 2, min(tiles, 1)) if layer else tiles * own / groups)
             if not _first_in_registers(seg, t):
                 loads += tiles * seg.first_steps * own
-        values += tiles * 16 * own * group / pack / 32 * (2 + _ACTIVATION[seg.first.activation])
+                fragments = 0.0 if seg.first.kind == "conv" else tiles * seg.first_steps
+        values += tiles * 16 * own * group / pack / 32 * (2 + pack * _ACTIVATION[seg.first.activation])
         if layer:
             stores += tiles * 2 * groups
         copied_weights += weights
@@ -733,7 +747,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         vectors = min((t.patch_h - 1) * layer.stride[0] + layer.reach[0], t.patch_h * layer.kernel[0])
         vectors *= min(layer.stride[1] + layer.reach[1], 2 * layer.kernel[1])
         own = groups / t.warps_n  # warps_n share the groups
-        values += own * t.patch_h * 8 * (layer.taps + 1 + _ACTIVATION[layer.activation])
+        values += own * t.patch_h * 8 * (layer.taps + 1 + pack * _ACTIVATION[layer.activation])
         loads += own * (vectors + layer.taps)
         copied_weights += groups * layer.taps * 64
         if not seg.first:
@@ -773,10 +787,10 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         elif not seg.first and not layer and not seg.streams:  # gathered from global memory
             width = 16 // e if seg.c_in % (16 // e) == 0 else 1
             values += 6 * t.patch_h * 16 * t.chunk / width / 32
-        ends = accumulators(seg, t) * (2 - 1 / t.split)
-        last = accumulators(seg, t) / t.split / pack * _ACTIVATION[seg.project.activation]
+        own = accumulators(seg, t) / t.split
+        ends, end_values = own * (2 if seg.residual else 1), own * _ACTIVATION[seg.project.activation]
     else:
-        ends = steps * groups * t.patch_h * 8.0
+        ends, end_values = steps * groups * t.patch_h * 8.0, 0.0
 
     adding, waiting = gate.adding(seg, t, ceil_div(seg.c_in, t.split)) if seg.mean else (0.0, 0.0)
     # Recomputed work, tensor padding apart.
@@ -790,62 +804,47 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     return Work(
         spatial * apart, spatial_blocks * apart, ceil_div(spatial, spatial_blocks), busy, warps, steps, t.split,
         int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, products, operands,
-        values, loads, stores, copied / 512 / warps, copied_weights / 512 / warps, tiles, adding, waiting, ends, last,
-        max(1.0, done / seg.multiply_adds),
+        values, loads, stores, copied / 512 / warps, copied_weights / 512 / warps, tiles, fragments, adding, waiting,
+        ends, end_values, max(1.0, done / seg.multiply_adds),
     )  # fmt: skip
 
 
-def times(
-    seg: Segment, w: Work, gpu: Gpu, blocks: int, missing: int, keeps: bool, priors: Priors = PRIORS
-) -> dict[str, float]:
-    """Microseconds of each resource, where an SM holds `blocks` thread blocks, of which each thread has `missing`
-    registers less than it needs, and which keep their weights or not."""
+def times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors = PRIORS) -> dict[str, float]:
+    """Microseconds of each resource, where an SM holds `blocks` thread blocks."""
     per_clock, per_us, on_tensor = _tensor_rates(seg, gpu, priors, w.operands > 0)
     rounds = w.busy / blocks + priors.tail_rounds if w.busy > blocks else 1.0
     mhz = gpu.clock_mhz
-    slower = 1 + priors.spill * (missing / 16) ** 2
-    plain = slower * (w.values + w.loads + w.stores + priors.copy_instructions * w.copies)
-    asking = priors.bulk_copy_instructions if gpu.sm >= 90 else priors.weight_copy_instructions
-    fetch = slower * w.steps * asking * w.weight_copies  # once in a thread block
-    tile = (
-        w.steps * plain + priors.gather_instructions * w.tiles + w.adding + priors.store_instructions * w.ends + w.last
-    )
+    copies = w.copies if gpu.sm >= 90 else w.copies + w.weight_copies  # one thread asks for a chunk's from there on
+    plain = w.values + w.loads + w.stores + priors.copy_instructions * copies
+    tile = w.steps * plain + priors.gather_instructions * w.tiles + w.adding
+    tile += priors.store_instructions * w.ends + w.end_values
     multiplying = 0.1 if w.operands else 1 if on_tensor else 33
-    issued = w.turns * (tile + w.steps * w.products * multiplying) + fetch
-    step = w.loads * priors.load_clocks
+    issued = w.turns * (tile + w.steps * w.products * multiplying)
+    step = priors.step_clocks + priors.warp_clocks * w.warps
     step += w.products * (priors.wgmma_clocks if w.operands else priors.product_clocks)
-    if seg.streams:
-        step += priors.resident_stream_step_clocks if keeps else priors.stream_step_clocks
-    else:
-        step += priors.resident_step_clocks if keeps else priors.step_clocks
-    step += priors.warp_clocks * w.warps
-    turn = w.waiting + w.steps * step + tile * priors.clocks_per_instruction + (priors.turn_clocks if keeps else 0)
-    latency = priors.block_clocks + fetch * priors.clocks_per_instruction + w.turns * turn
+    if seg.gathers:
+        step += priors.gather_clocks
+    turn = w.waiting + w.steps * step + priors.clocks_per_instruction * tile + priors.fragment_clocks * w.fragments
     if w.split > 1:
-        latency += w.turns * (priors.split_clocks + priors.part_clocks * w.split)
+        turn += priors.split_clocks
+    following = (w.turns - 1) * (priors.stream_turn_share if seg.streams else priors.turn_share)
+    latency = priors.block_clocks + (priors.wgmma_block_clocks if w.operands else 0) + (1 + following) * turn
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps
     macs = 2048 if seg.element == 2 else 1024
-    # What resident thread blocks fetch once is left out: more SMs fetch more of it, and are no slower.
-    weights = priors.weight_traffic * w.weights
-    dram_us, l2_us = memory_us(gpu, w.dram, w.moved + (0 if keeps else weights), priors)
-    sm_bytes = w.busy * (w.turns * w.moved / w.pieces + weights / w.grid)
-    vectors = w.turns * (w.loads + w.stores + w.copies + priors.operand_share * w.operands) + w.weight_copies
+    vectors = w.turns * (w.loads + w.stores + w.copies + w.operands) + w.weight_copies
     return {
-        "dram": dram_us,
-        "l2": max(l2_us, sm_bytes / priors.l2_bytes_per_clock / mhz),
+        "memory": max(memory_us(gpu, w.dram, w.moved, priors)),
         "tensor": w.warps * w.steps * w.products * max(w.busy * w.turns / per_clock / mhz, w.pieces * macs / per_us),
         "instructions": w.busy * issuing * issued / 4 / mhz,  # an SM issues 4 a clock
         "shared": w.busy * w.warps * w.steps * 4 * vectors / mhz,  # 4 wavefronts a vector
         "latency": rounds * latency / mhz,
+        "dispatch": w.busy * priors.dispatch_clocks / mhz,
     }
 
 
-def joined(seg: Segment, w: Work, parts: dict[str, float], blocks: int, priors: Priors = PRIORS) -> float:
-    """Microseconds of a module whose resources take `parts`, where an SM can hold `blocks` thread blocks."""
-    norm = priors.stream_overlap if seg.streams else priors.overlap
-    if w.busy * w.turns > 1:  # tiles that follow one another
-        norm = max(1.0, norm - priors.alone / blocks)
-    total: float = sum(value**norm for value in parts.values()) ** (1 / norm)
+def joined(parts: dict[str, float], priors: Priors = PRIORS) -> float:
+    """Microseconds of a module whose resources take `parts`."""
+    total: float = sum(value**priors.overlap for value in parts.values()) ** (1 / priors.overlap)
     return priors.launch_us + total
 
 
@@ -858,15 +857,15 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
         return None
     warps = ceil_div(tile.blocks * tile.threads // 32, 4)  # of one of the SM's quarters
     bound = min(MAX_REGISTERS, gpu.registers_per_sm // (4 * 32 * warps) // 8 * 8)
-    blocks = resident(seg, tile, gpu, shared, min(regs + priors.spare_registers, bound))
+    blocks = resident(seg, tile, gpu, shared, min(regs, bound))
     if not blocks:
         return None
     if seg.gate:
         return _estimate_gate(seg, tile, gpu, blocks, shared, priors)
     done = work(seg, tile, gpu.sms)
-    parts = times(seg, done, gpu, blocks, max(0, regs - bound), bool(tile.resident), priors)
+    parts = times(seg, done, gpu, blocks, priors)
     return Estimate(
-        time_us=joined(seg, done, parts, blocks, priors),
+        time_us=joined(parts, priors),
         traffic_bytes=done.moved + done.weights,
         dram_bytes=done.dram,
         shared_bytes=shared,
@@ -889,11 +888,25 @@ def _estimate_gate(seg: Segment, tile: Tile, gpu: Gpu, blocks: int, shared: int,
         "instructions": busy * cost.instructions / gpu.clock_mhz,
         "latency": ceil_div(busy, blocks) * cost.latency / gpu.clock_mhz,
     }
-    total: float = sum(value**priors.overlap for value in parts.values()) ** (1 / priors.overlap)
     return Estimate(
-        priors.launch_us + total, cost.moved, seg.compulsory_bytes, shared, gate.REGISTERS, 0, blocks, cost.grid, 1.0,
+        joined(parts, priors), cost.moved, seg.compulsory_bytes, shared, gate.REGISTERS, 0, blocks, cost.grid, 1.0,
         max(parts, key=parts.__getitem__),
     )  # fmt: skip
+
+
+SMS_OF_A_GROUP = 18  # at most: a GPC, in front of which requests for the same bytes meet
+MERGED = 0.27, 0.4  # share of weights that L2 still sends, at least: of resident ones, of those streamed
+
+
+def served_bytes(seg: Segment, tile: Tile, gpu: Gpu) -> int:
+    """Bytes that L2 sends and takes, which of weights is less than thread blocks ask for: from compute capability 9.0
+    on, requests of several SMs for the same bytes at the same time are one to L2."""
+    done, packed = work(seg, tile, gpu.sms), sum(packed_bytes(seg, tile))
+    if gpu.sm < 90:
+        return done.moved + done.weights
+    groups, copies = ceil_div(gpu.sms, SMS_OF_A_GROUP), done.weights / packed
+    asking = groups * (1 - (1 - 1 / groups) ** copies) / copies  # groups of SMs, of copies at random ones
+    return done.moved + int(done.weights * max(asking, MERGED[0 if tile.resident else 1]))
 
 
 class Stock(NamedTuple):

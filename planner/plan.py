@@ -17,6 +17,7 @@ from .cost import (
     Priors,
     Segment,
     Stock,
+    chunk_steps,
     estimate,
     illegal,
     layout_change,
@@ -139,10 +140,9 @@ def _spatial(seg: Segment, least_filled: float, wgmma: int = 0) -> Iterator[Tile
     if not seg.depthwise:
         for patch_h in (1, 2, 4):
             # A gathered convolution in thread blocks of one or two warps took twice as long as in four.
-            gathers = seg.stages == "conv" and not seg.streams
-            for warps_m in (4, 8) if wgmma or gathers else (1, 2, 4, 8):
+            for warps_m in (4, 8) if wgmma or seg.gathers else (1, 2, 4, 8):
                 pixels = 16 * patch_h * warps_m
-                if pixels <= (64 if gathers else 16) or pixels < 2 * seg.batch * out_h * out_w:
+                if pixels <= (64 if seg.gathers else 16) or pixels < 2 * seg.batch * out_h * out_w:
                     yield Tile(tile_h=1, tile_w=pixels, patch_h=patch_h, warps_m=warps_m, wgmma=wgmma)
         return
     widths = _lengths(out_w, True)
@@ -176,8 +176,7 @@ def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
     group, padded = seg.group, seg.padded_out
     chunks = [n * group for n in (1, 2, 4) if n == 1 or n <= seg.middle_groups]
     cuts = sorted({round_up(ceil_div(padded, n), group) for n in (1, 2, 3, 4, 6, 8)}, reverse=True)
-    gathers = seg.stages == "conv" and not seg.streams
-    products = (0, 1) if gpu.sm == 90 and not gathers else (0,)  # of a warp, or of four
+    products = (0, 1) if gpu.sm == 90 and not seg.gathers else (0,)  # of a warp, or of four
     for base in (base for wgmma in products for base in _spatial(seg, least_filled, wgmma)):
         if seg.depthwise:
             grid = tiling(seg, base).tiles * ceil_div(seg.batch, base.images)
@@ -237,9 +236,13 @@ def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) 
             costs = ((tile, estimate(seg, tile, gpu, priors)) for tile in _tiles(seg, gpu, least_filled))
             found = [(tile, cost) for tile, cost in costs if cost]
 
-    def key(item: tuple[Tile, Estimate]) -> tuple[float, float]:
-        cost = item[1]
-        return (cost.traffic_bytes, cost.time_us) if objective == "traffic" else (cost.time_us, cost.traffic_bytes)
+    def key(item: tuple[Tile, Estimate]) -> tuple[float, float, bool]:
+        # Of equal tiles, that whose weights have all been asked for when the kernel in front ends.
+        tile, cost = item
+        late = not seg.gate and (chunk_steps(seg, tile) > 1) != (tile.resident > 0)
+        if objective == "traffic":
+            return cost.traffic_bytes, cost.time_us, late
+        return cost.time_us, cost.traffic_bytes, late
 
     if seg.gate:
         return tuple(sorted(found, key=key)[: limit or None])

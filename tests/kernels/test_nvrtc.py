@@ -28,7 +28,7 @@ SAMPLE = 3  # kernels of a network, type and architecture
 
 @dataclass(frozen=True)
 class Card:
-    """The GPU that an architecture is planned for, and the bytes of shared memory that a thread block may have there."""
+    """The GPU an architecture is planned for, and the bytes of shared memory that a thread block may have there."""
 
     gpu: str
     shared_bytes: int

@@ -190,26 +190,27 @@ def test_traffic_is_what_thread_blocks_read_and_write(chain: Chain, card: Gpu, d
             for left in range(0, out_w, tile.tile_w):
                 read = images * pixels(0, top, tile.tile_h, out_h) * pixels(1, left, tile.tile_w, out_w)
                 written = images * min(tile.tile_h, out_h - top) * min(tile.tile_w, out_w - left)
+                copied = seg.c_in % vector == 0 and (not seg.first or tile.wgmma)
+                read *= touched_bytes(seg.c_in, seg.element, 32) if copied else x_bytes
                 if seg.first:  # every channel block, and every thread block of a cluster, needs all of X
-                    total += read * x_bytes * cuts * tile.split
+                    total += read * cuts * tile.split
                 else:
-                    copied = seg.c_in % vector == 0
-                    total += (
-                        read * (touched_bytes(seg.c_in, seg.element) if copied else x_bytes) * (cuts if project else 1)
-                    )
-                total += written * (touched_bytes(seg.c_out, seg.element) if seg.c_out % vector == 0 else y_bytes)
+                    total += read * (cuts if project else 1)
+                total += written * (touched_bytes(seg.c_out, seg.element, 64) if seg.c_out % vector == 0 else y_bytes)
                 total += written * y_bytes * seg.residual
     assert module.traffic_bytes == pytest.approx(total, rel=1e-9, abs=1)
 
 
-@given(st.integers(1, 300), st.sampled_from([2, 4]))
-def test_sectors_that_groups_touch(channels: int, element: int) -> None:
-    """Against every byte of 32 pixels written out: each group of each pixel is an access of its own."""
+@given(st.integers(1, 300), st.sampled_from([2, 4]), st.sampled_from([32, 64]))
+def test_sectors_that_accesses_touch(channels: int, element: int, access: int) -> None:
+    """Against every byte of 32 pixels written out."""
     pixel, accesses = channels * element, []
     for start in range(0, 32 * pixel, pixel):
-        for at in range(start, start + pixel, 64):
-            accesses.append({byte // 32 for byte in range(at, min(at + 64, start + pixel))})
-    assert touched_bytes(channels, element) == pytest.approx(sum(map(len, accesses)))  # 32 bytes each, of 32 pixels
+        for at in range(start, start + pixel, access):
+            accesses.append({byte // 32 for byte in range(at, min(at + access, start + pixel))})
+    assert touched_bytes(channels, element, access) == pytest.approx(
+        sum(map(len, accesses))
+    )  # 32 bytes each, of 32 pixels
 
 
 def block(batch: int = 1, dtype: str = "float16") -> Chain:
