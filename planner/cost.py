@@ -52,11 +52,11 @@ class Priors:
     # stock: separate NCHW kernels
     stock_conv_us: float = 5.0  # of a convolution kernel, however small
     stock_elementwise_us: float = 2.5  # of an activation, Add or layout change kernel
-    stock_depthwise_rate: float = 2.0  # multiply-adds an SM does in a clock in stock's depthwise, of either type
+    stock_depthwise_rate: float = 3.0  # multiply-adds an SM does in a clock in stock's depthwise, of either type
     stock_dense_share: float = 0.55  # of the memory rates that stock's other convolutions reach
     stock_elementwise_share: float = 0.85  # the same, elementwise kernels
     stock_layout_share: float = 0.4  # the same, layout changes
-    stock_tensor_share: float = 0.45  # of the tensor cores' peak that stock's convolutions reach
+    stock_tensor_share: float = 0.6  # of the tensor cores' peak that stock's convolutions reach
     stock_doubt: float = 1.0  # stock must be faster than a module by this factor for a layer to be left to it
 
 
@@ -76,7 +76,7 @@ _TENSOR = {75: (0.25, 1.0), 80: (0.5, 1.0), 86: (0.25, 1.0), 87: (0.5, 1.0), 89:
 # Instructions an activation takes for a value, in float: an exponential or a reciprocal counts as four. The cheapest
 # ones take two halves at once.
 _ACTIVATION = {"none": 0, "relu": 0.5, "clip": 1, "hardswish": 3, "hardsigmoid": 3, "leakyrelu": 2, "prelu": 2,
-               "silu": 12, "sigmoid": 11, "tanh": 12, "gelu": 30, "gelu_tanh": 17}  # fmt: skip
+               "silu": 11, "sigmoid": 10, "tanh": 12, "gelu": 16, "gelu_tanh": 15}  # fmt: skip
 
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
@@ -535,6 +535,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             pixels = max(pixels, 12 if tile.patch_h <= 4 else 18) + (12 * max(seg.depthwise.stride) if large else 0)
             if large and seg.element == 4 and tile.resident:
                 pixels += 32
+            if _ACTIVATION[seg.depthwise.activation] > 8:  # all pixels' exponentials at once
+                pixels += 8
         depthwise = 4 * min(seg.depthwise.taps, 9) + pixels * tile.patch_h + 4
         if not seg.first and not tile.resident and seg.middle_groups <= tile.chunk // seg.group:
             # One chunk: sums begin when it has ended.
@@ -571,6 +573,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             kept += 8 * tile.patch_h
         if seg.first and not held:  # many loads of the next tile's input are gathered
             kept += 8 * max(0, _first_tiles(seg, tile) * seg.first_steps - 32)
+        if seg.stages == "conv-dw":
+            kept += 14 * tile.patch_h
         if seg.pool:  # weights are the same for every tile, and held if they can be
             kept += 96 if stem else 16
     base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 100 else 0)
