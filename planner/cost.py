@@ -393,7 +393,7 @@ def illegal(seg: Segment, tile: Tile) -> str:
 def _no_wgmma(seg: Segment, tile: Tile) -> str:
     """What wgmma needs and does not find; empty if it finds all."""
     loads = seg.first is not None and not seg.depthwise
-    if not loads and (seg.scaled or seg.mean or (seg.normed and seg.first)):
+    if not loads and (seg.mean or (seg.scaled and not seg.streams) or (seg.normed and seg.first)):
         return "X as it is"
     stem = seg.first is not None and seg.first.kind == "conv"
     if stem or not (seg.project or seg.first):
@@ -444,6 +444,11 @@ def _first_in_registers(seg: Segment, tile: Tile) -> bool:
 def _exchanges(seg: Segment, tile: Tile) -> bool:
     """Whether what feeds `project` passes through shared memory."""
     return seg.project is not None and not seg.mean and (seg.streams or tile.warps_n > 1 or tile.wgmma == 1)
+
+
+def _from_registers(seg: Segment, tile: Tile) -> bool:
+    """Whether warpgroups multiply pixels from registers."""
+    return tile.wgmma == 1 and seg.streams and (seg.element == 4 or seg.scaled)
 
 
 def shared_bytes(seg: Segment, tile: Tile) -> int:
@@ -550,6 +555,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         )
     if seg.pool and seg.depthwise:  # sums, and where they go; of a large filter more is loaded ahead
         phase += 16 * max(seg.depthwise.stride) if seg.depthwise.taps <= 9 else 8 + 8 * tile.patch_h
+    if _from_registers(seg, tile):  # those of one group multiply while the next are loaded
+        phase += 16 * tile.patch_h
     if seg.scaled:
         phase += 16 + 8 * tile.patch_h
     if seg.takes_moments:
@@ -763,18 +770,17 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         products += groups * 2 * t.patch_h * _warp_groups_n(seg, t) * (group // 8)
         copied_weights += weights
         if t.wgmma:
-            operands += groups * 2 * t.patch_h * (64 + channels // t.warps_n) * row
+            pixels = 0 if _from_registers(seg, t) else 64
+            operands += groups * 2 * t.patch_h * (pixels + channels // t.warps_n) * row
         else:
             loads += weights / t.warps_n / 512
         if _exchanges(seg, t):
             passed = groups * t.patch_h * 2
-            loads += 0 if t.wgmma else passed
-            if t.wgmma and e == 4:  # rounded to TF32 where it is written, or copied
-                values += passed / t.warps_n * 4
+            loads += passed if not t.wgmma or _from_registers(seg, t) else 0
+            if t.wgmma and e == 4:  # rounded to TF32
+                values += passed * 4 / (1 if seg.streams else t.warps_n)
             if seg.streams:
                 copied += passed * 512 * t.warps_m
-                if t.wgmma and e == 4:
-                    loads, stores = loads + passed / t.warps_n, stores + passed / t.warps_n
             else:
                 stores += passed / t.warps_n
         if seg.scaled:
@@ -783,7 +789,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
             moments = groups * 2 * t.patch_h * 3
             if t.wgmma:
                 values += 4 * moments
-                loads += groups * 2 * t.patch_h
+                loads += 0 if _from_registers(seg, t) else groups * 2 * t.patch_h
             else:
                 products += moments
         if seg.mean:

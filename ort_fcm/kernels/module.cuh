@@ -42,7 +42,7 @@ struct Module {
   // Whether the next tile's input is fetched while the last chunk of this one is computed.
   static constexpr bool kFetchesAhead = kAhead || (!kFirst && S.depthwise) || kStreams;
 
-  static constexpr bool kWgmma = S.tile.wgmma;
+  static constexpr bool kWgmma = S.tile.wgmma, kFromRegisters = from_registers(S);
   static constexpr int kStages = stages(S), kEarly = kStages - 1;  // copies are asked for that many steps early
 
   // Shared memory: what a warpgroup multiplies comes first, since it must start at a multiple of kFragment.
@@ -523,26 +523,14 @@ struct Module {
   }
 
   // Copies bring X as it is: where a warpgroup reads floats, each thread rounds what it has copied, once it is there.
-  static constexpr bool kRoundsCopies = kWgmma && S.type == Type::tf32 && vector_input(S);
-  FCM_DEVICE static void round_copied(char* at) { *(Vec*)at = L::operand(*(const Vec*)at); }
   FCM_DEVICE void round_first_input() const {
-    if constexpr (kRoundsCopies && kFirst) {
+    if constexpr (kFirst && S.type == Type::tf32 && vector_input(S)) {
       const int vectors = round_up(place.halo_pixels(), 64) * 4;
       for (int i = thread_index(); i < vectors; i += kThreads) {
         FCM_UNROLL
-        for (int kg = 0; kg < kFirstGroups; ++kg) round_copied(first_place(kg, i / 4, i % 4));
-      }
-    }
-  }
-  FCM_DEVICE void round_streamed(int step) const {
-    if constexpr (kRoundsCopies && kStreams) {
-      FCM_UNROLL
-      for (int gi = 0; gi < kChunkGroups; ++gi) {
-        if (gi % S.tile.warps_n != L::warp_n()) continue;
-        FCM_UNROLL
-        for (int py = 0; py < P; ++py) {
-          FCM_UNROLL
-          for (int side = 0; side < 2; ++side) round_copied(exchange_buffer(step) + exchange_offset(gi, py, side));
+        for (int kg = 0; kg < kFirstGroups; ++kg) {
+          Vec* const at = (Vec*)first_place(kg, i / 4, i % 4);
+          *at = L::operand(*at);
         }
       }
     }
@@ -586,18 +574,37 @@ struct Module {
     constexpr int kN = block_n(S) / S.tile.warps_n;
     const char* fragments = exchange_buffer(step) + warpgroup() % (S.tile.warps_m / 4) * 8 * kFragment;
     const char* weights = project_buffer(step) + warpgroup() / (S.tile.warps_m / 4) * (kN / 8) * kFragment;
-    wgmma_fence(sums);
+    if constexpr (!kFromRegisters) wgmma_fence(sums);
     FCM_UNROLL
     for (int gi = 0; gi < kChunkGroups; ++gi) {
+      [[maybe_unused]] Vec own[P][2];
+      if constexpr (kFromRegisters) {
+        exchanged(own, step, gi);
+        FCM_UNROLL
+        for (int py = 0; py < P; ++py) own[py][0] = L::operand(own[py][0]), own[py][1] = L::operand(own[py][1]);
+        add_moments(own);
+        wgmma_fence(sums);
+      }
       FCM_UNROLL
       for (int s = 0; s < 2; ++s) {
         FCM_UNROLL
-        for (int py = 0; py < P; ++py)
-          wgmma<S.type, kN>(&sums[py][0][0][0], fragments + (gi * P + py) * S.tile.warps_m * 2 * kFragment,
-                            weights + gi * (block_n(S) / 8) * kFragment, kFragment, s);
+        for (int py = 0; py < P; ++py) {
+          float* const d = &sums[py][0][0][0];
+          const char* const b = weights + gi * (block_n(S) / 8) * kFragment;
+          if constexpr (kFromRegisters) {
+            const u32 *upper = own[py][0].r + 2 * s, *lower = own[py][1].r + 2 * s;
+            wgmma<S.type, kN>(d, Vec{{upper[0], lower[0], upper[1], lower[1]}}, b, kFragment, s);
+          } else {
+            wgmma<S.type, kN>(d, fragments + (gi * P + py) * S.tile.warps_m * 2 * kFragment, b, kFragment, s);
+          }
+        }
+      }
+      if constexpr (kFromRegisters) {  // while these run, the next group's registers are filled
+        wgmma_commit();
+        wgmma_wait_for_operands<1>();
       }
     }
-    wgmma_commit();
+    if constexpr (!kFromRegisters) wgmma_commit();
   }
   // The products of a step: of `first` for the chunk after it; of `project` for the chunk before it, begun.
   FCM_DEVICE void multiply(int step) {
@@ -747,12 +754,17 @@ struct Module {
       }
     }
   }
+  // This lane's part of group gi in the exchange buffer.
   FCM_DEVICE void exchanged(Vec (&d)[P][2], int step, int gi) const {
+    const int k = (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane;
     FCM_UNROLL
     for (int py = 0; py < P; ++py) {
       FCM_UNROLL
-      for (int side = 0; side < 2; ++side)
+      for (int side = 0; side < 2; ++side) {
         d[py][side] = *(const Vec*)(exchange_buffer(step) + exchange_offset(gi, py, side));
+        if constexpr (kScalesStream)
+          d[py][side] = In::template scale<L::kLane>(p, d[py][side], factors_of[py][side], k);
+      }
     }
   }
   FCM_DEVICE void project_exchanged(int step) {
@@ -760,15 +772,6 @@ struct Module {
     for (int gi = 0; gi < g; ++gi) {
       Vec d[P][2];
       exchanged(d, step, gi);
-      if constexpr (kScalesStream) {
-        const int k = (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane;
-        FCM_UNROLL
-        for (int py = 0; py < P; ++py) {
-          FCM_UNROLL
-          for (int side = 0; side < 2; ++side)
-            d[py][side] = In::template scale<L::kLane>(p, d[py][side], factors_of[py][side], k);
-        }
-      }
       project(d, step, gi);
     }
   }
@@ -897,10 +900,7 @@ struct Module {
     for (int step = 0; step < steps + kLag; ++step) {
       copy_async_wait<kEarly - 1>();
       if (kResident ? !kAhead && phase + step == 0 : !kAhead || step > 0) wait_for_weights(step);
-      if constexpr (kWgmma) {
-        round_streamed(step);
-        wgmma_reads();
-      }
+      if constexpr (kWgmma) wgmma_reads();
       block_sync();
       if constexpr (!kResident) copy_weights(step + kEarly);
       if (step + kEarly < steps) {
@@ -915,7 +915,7 @@ struct Module {
         first_to_halo(step + 1);
       if constexpr (!kStreams && !kFlatFirst)
         if (step < steps) produce(step);
-      if constexpr (kWgmma && kMomentsTaken)
+      if constexpr (kWgmma && kMomentsTaken && !kFromRegisters)
         if (step >= kLag) add_exchanged_moments(step - kLag);
       if constexpr (kWgmma && kProject)
         wgmma_wait<0>(sums);

@@ -35,7 +35,11 @@ void pack_block(const Spec& s, const float* w, int outputs, int depth, int kg, i
       const int at_w = place(k);
       const float x = n < outputs && at_w >= 0 && at_w < depth ? w[(std::size_t)n * depth + at_w] : 0.f;
       int at = lane * (steps * 8) + i / per_register * 4 + i % per_register * element_bytes(s.type);
-      if (s.tile.wgmma) at = swizzled(lane / 4, lane % 4) + i * element_bytes(s.type);  // of two steps always
+      const int byte = i * element_bytes(s.type);  // of a lane's 16, where a warpgroup multiplies two steps always
+      if (from_registers(s))                       // of four registers
+        at = swizzled(lane / 4, byte / 4) + lane % 4 * 4 + byte % 4;
+      else if (s.tile.wgmma)
+        at = swizzled(lane / 4, lane % 4) + byte;
       put_element(s, to + at, x);
     }
 }

@@ -318,6 +318,13 @@ FCM_DEVICE void wgmma_wait(Sums& sums) {
   for (int i = 0; i < (int)(sizeof(Sums) / 4); ++i) asm volatile("" : "+f"(d[i])::"memory");  // not read before
 #endif
 }
+// Until the registers that all but the PENDING last committed read may be written.
+template <int PENDING>
+FCM_DEVICE void wgmma_wait_for_operands() {
+#ifdef FCM_WARPGROUPS
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+#endif
+}
 
 #define FCM_R8 "%0,%1,%2,%3"
 #define FCM_R16 FCM_R8 ",%4,%5,%6,%7"
@@ -344,25 +351,36 @@ FCM_DEVICE void wgmma_wait(Sums& sums) {
 #define FCM_D160 FCM_D128, FCM_SUMS8(64), FCM_SUMS8(72)
 #define FCM_D192 FCM_D160, FCM_SUMS8(80), FCM_SUMS8(88)
 #define FCM_D256 FCM_D192, FCM_SUMS8(96), FCM_SUMS8(104), FCM_SUMS8(112), FCM_SUMS8(120)
-#define FCM_WGMMA(N, A, B, KIND, TRANSPOSED)                                                                 \
-  asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N KIND " {" FCM_R##N \
-               "}, %" #A ", %" #B ", p, 1, 1" TRANSPOSED ";}"                                                \
-               : FCM_D##N                                                                                    \
-               : "l"(row_blocks(a, 512) + 2 * half), "l"(row_blocks(b, stride) + 2 * half))
-#define FCM_WGMMA_N(N, A, B)                           \
-  if constexpr (kN == N) {                             \
-    if constexpr (TYPE == Type::float16)               \
-      FCM_WGMMA(N, A, B, "k16.f32.f16.f16", ", 0, 0"); \
-    else                                               \
-      FCM_WGMMA(N, A, B, "k8.f32.tf32.tf32", "");      \
+#define FCM_WGMMA(N, SHAPE, A, B, LAYOUTS, ...)                                                               \
+  asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #N SHAPE " {" FCM_R##N \
+               "}, " A ", %" #B ", p, 1, 1" LAYOUTS ";}"                                                      \
+               : FCM_D##N                                                                                     \
+               : __VA_ARGS__, "l"(row_blocks(b, stride) + 2 * half))
+#define FCM_WGMMA_SHARED(N, I, J, SHAPE, LAYOUTS) \
+  FCM_WGMMA(N, SHAPE, "%" #I, J, LAYOUTS, "l"(row_blocks(a, 512) + 2 * half))
+#define FCM_WGMMA_REGISTERS(N, I, J, K, L, M, SHAPE, LAYOUTS)                                                    \
+  FCM_WGMMA(N, SHAPE, "{%" #I ", %" #J ", %" #K ", %" #L "}", M, LAYOUTS, "r"(a.r[0]), "r"(a.r[1]), "r"(a.r[2]), \
+            "r"(a.r[3]))
+#define FCM_WGMMA_N(N, I, J, K, L, M)                                  \
+  if constexpr (kN == N) {                                             \
+    if constexpr (kRegisters && kHalf)                                 \
+      FCM_WGMMA_REGISTERS(N, I, J, K, L, M, "k16.f32.f16.f16", ", 0"); \
+    else if constexpr (kRegisters)                                     \
+      FCM_WGMMA_REGISTERS(N, I, J, K, L, M, "k8.f32.tf32.tf32", "");   \
+    else if constexpr (kHalf)                                          \
+      FCM_WGMMA_SHARED(N, I, J, "k16.f32.f16.f16", ", 0, 0");          \
+    else                                                               \
+      FCM_WGMMA_SHARED(N, I, J, "k8.f32.tf32.tf32", "");               \
   }
 
-// d[64 x N] += a * b: half the channels of a group (`half` 0 or 1) of 64 rows at `a` and of N rows at `b`, whose row
-// blocks are `stride` bytes apart. Of four warps, warp i has rows 16 * i on, laid over its lanes like mma_half's
-// results. Of floats it reads TF32's bits alone: whoever writes them rounds.
-template <Type TYPE, int N>
-FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int half) {
+// d[64 x N] += a * b: half the channels of a group (`half` 0 or 1) of 64 rows and of N rows at `b`, whose row blocks
+// are `stride` bytes apart. Of four warps, warp i has rows 16 * i on, laid over its lanes like mma_half's results. The
+// 64 rows start at `a`, or are in registers, a Vec like mma_half's (or mma_tf32's) a0 to a3. Of floats TF32's bits
+// alone are read: whoever writes them rounds.
+template <Type TYPE, int N, class A>
+FCM_DEVICE void wgmma(float* d, const A& a, const char* b, int stride, int half) {
   static_assert(N % 8 == 0, "rows come in row blocks");
+  constexpr bool kHalf = TYPE == Type::float16, kRegisters = sizeof(A) == sizeof(Vec);
   constexpr int kN = N >= 256   ? 256
                      : N >= 192 ? 192
                      : N >= 160 ? 160
@@ -374,16 +392,16 @@ FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int ha
                      : N >= 16  ? 16
                                 : 8;
 #ifdef FCM_WARPGROUPS
-  FCM_WGMMA_N(8, 4, 5);
-  FCM_WGMMA_N(16, 8, 9);
-  FCM_WGMMA_N(32, 16, 17);
-  FCM_WGMMA_N(48, 24, 25);
-  FCM_WGMMA_N(64, 32, 33);
-  FCM_WGMMA_N(96, 48, 49);
-  FCM_WGMMA_N(128, 64, 65);
-  FCM_WGMMA_N(160, 80, 81);
-  FCM_WGMMA_N(192, 96, 97);
-  FCM_WGMMA_N(256, 128, 129);
+  FCM_WGMMA_N(8, 4, 5, 6, 7, 8);
+  FCM_WGMMA_N(16, 8, 9, 10, 11, 12);
+  FCM_WGMMA_N(32, 16, 17, 18, 19, 20);
+  FCM_WGMMA_N(48, 24, 25, 26, 27, 28);
+  FCM_WGMMA_N(64, 32, 33, 34, 35, 36);
+  FCM_WGMMA_N(96, 48, 49, 50, 51, 52);
+  FCM_WGMMA_N(128, 64, 65, 66, 67, 68);
+  FCM_WGMMA_N(160, 80, 81, 82, 83, 84);
+  FCM_WGMMA_N(192, 96, 97, 98, 99, 100);
+  FCM_WGMMA_N(256, 128, 129, 130, 131, 132);
 #endif
   if constexpr (N > kN) wgmma<TYPE, N - kN>(d + kN / 2, a, b + kN / 8 * stride, stride, half);
 }

@@ -53,12 +53,13 @@ struct Copy {
   bool valid;
 };
 
-// Half a group of channels of 64 rows times those of `columns` rows, for this lane's rows.
+// Half a group of channels of 64 rows times those of `columns` rows, for this lane's rows: at `a`, or (null) copied.
 struct Product {
   float* d;
   const char *a, *b;
   int columns, stride, half;
   Type type;
+  u32 rows[2][8];
 };
 
 struct Arrivals {  // a barrier for bulk copies
@@ -356,31 +357,52 @@ template <class Sums>
 FCM_DEVICE void wgmma_fence(Sums&) {}
 FCM_DEVICE void wgmma_commit() { cpu::self().products.emplace_back(); }
 inline void multiply(const cpu::Product& q) {
+  const auto element = [&](const char* from) {
+    u32 bits = 0;
+    std::memcpy(&bits, from, element_bytes(q.type));
+    return q.type == Type::float16 ? half_to_float((std::uint16_t)bits) : bits_float(bits & kReadOfTf32);
+  };
   const auto at = [&](const char* from, int row, int k, int stride) {
     const int byte = q.half * 32 + k * element_bytes(q.type);
-    const char* element = from + row / 8 * stride + swizzled(row % 8, byte / 16) + byte % 16;
-    u32 bits = 0;
-    std::memcpy(&bits, element, element_bytes(q.type));
-    return q.type == Type::float16 ? half_to_float((std::uint16_t)bits) : bits_float(bits & kReadOfTf32);
+    return element(from + row / 8 * stride + swizzled(row % 8, byte / 16) + byte % 16);
   };
   const int row0 = cpu::self().thread / 32 % 4 * 16 + cpu::lane() / 4;
   for (int i = 0; i < q.columns / 2; ++i)
-    for (int k = 0; k < group(q.type) / 2; ++k)
-      q.d[i] += at(q.a, row0 + i % 4 / 2 * 8, k, 512) * at(q.b, i / 4 * 8 + cpu::lane() % 4 * 2 + i % 2, k, q.stride);
+    for (int k = 0; k < group(q.type) / 2; ++k) {
+      const int side = i % 4 / 2;
+      const float a =
+          q.a ? at(q.a, row0 + side * 8, k, 512) : element((const char*)q.rows[side] + k * element_bytes(q.type));
+      q.d[i] += a * at(q.b, i / 4 * 8 + cpu::lane() % 4 * 2 + i % 2, k, q.stride);
+    }
 }
 // As on the GPU, sums change no sooner than they are waited for.
-template <int PENDING, class Sums>
-FCM_DEVICE void wgmma_wait(Sums&) {
+template <int PENDING>
+FCM_DEVICE void wgmma_wait_for_operands() {
   auto& products = cpu::self().products;
   while (products.size() > PENDING + 1) {
     for (const cpu::Product& q : products.front()) multiply(q);
     products.erase(products.begin());
   }
 }
+template <int PENDING, class Sums>
+FCM_DEVICE void wgmma_wait(Sums&) {
+  wgmma_wait_for_operands<PENDING>();
+}
 template <Type TYPE, int N>
 FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int half) {
   if ((a - shared_memory()) % 512 || (b - shared_memory()) % 512) std::abort();  // misaligned
-  cpu::self().products.back().push_back({d, a, b, N, stride, half, TYPE});
+  cpu::self().products.back().push_back({d, a, b, N, stride, half, TYPE, {}});
+}
+template <Type TYPE, int N>
+FCM_DEVICE void wgmma(float* d, const Vec& a, const char* b, int stride, int half) {
+  if ((b - shared_memory()) % 512) std::abort();  // misaligned
+  cpu::Product q{d, nullptr, b, N, stride, half, TYPE, {}};
+  cpu::publish(a.r[0], a.r[1], a.r[2], a.r[3], 0, 0);
+  for (int word = 0; word < 8; ++word)
+    for (int side = 0; side < 2; ++side)
+      q.rows[side][word] = cpu::warp().a[(cpu::lane() & ~3) + word % 4][word / 4 * 2 + side];
+  cpu::pass(cpu::warp().gate);
+  cpu::self().products.back().push_back(q);
 }
 
 FCM_DEVICE u32 round_tf32(float x) { return float_bits(round_to_tf32(x)); }

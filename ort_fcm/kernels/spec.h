@@ -218,6 +218,11 @@ constexpr bool streams_input(const Spec& s) {
 constexpr bool exchanges(const Spec& s) {
   return has_project(s) && !s.mean && (streams_input(s) || s.tile.warps_n > 1 || s.tile.wgmma);
 }
+// Whether a warpgroup multiplies pixels from registers: on the way there from shared memory, each thread rounds them to
+// TF32, or takes X times its factors.
+constexpr bool from_registers(const Spec& s) {
+  return s.tile.wgmma && streams_input(s) && (s.type == Type::tf32 || s.scaled);
+}
 
 // ---- Shared memory, in bytes
 
@@ -434,7 +439,7 @@ constexpr const char* illegal(const Spec& s) {
   if (t.wgmma != 0 && t.wgmma != 1) return "wgmma must be 0 or 1";
   if (t.wgmma && s.type == Type::float32) return "wgmma needs float16 or TF32";
   const bool loads = s.first != Dense::none && !s.depthwise;  // X, and does not copy it
-  if (t.wgmma && !loads && (s.scaled || s.mean || (normalises(s) && s.first != Dense::none)))
+  if (t.wgmma && !loads && (s.mean || (s.scaled && !streams_input(s)) || (normalises(s) && s.first != Dense::none)))
     return "wgmma reads X as it is";
   if (t.wgmma && (s.first == Dense::none || !s.depthwise) && !has_project(s))
     return "wgmma needs a pointwise in front of a depthwise, or a project";

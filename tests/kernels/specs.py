@@ -107,7 +107,8 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     if chain in WARPGROUP_CHAINS and type_ != "float32" and rng.random() < 0.6:
         tile["wgmma"], tile["warps_m"] = 1, 4 * -(-warps_m // 4)
         tile["chunk"] = min(chunk, 128)
-        if chain != "pw-pw":
+        streams = chain == "pw" and fields["input_nchw"] == "false" and c_in % (group // 4) == 0
+        if chain != "pw-pw" and not streams:
             fields["scaled"] = "false"
         if chain not in ("pw", "pw-pw"):
             fields["norm_epsilon"] = "0"

@@ -72,8 +72,8 @@ def test_kernels_agree_with_float64(tmp_path: Path) -> None:
 
 
 def test_warpgroups_round_to_tf32(tmp_path: Path) -> None:
-    """They read floats cut off, not rounded, so that the kernels round what they write or copy: the error is that of
-    the same tile without them. Where X alone is cut off, a pointwise has 1.6 times that."""
+    """They read floats cut off, not rounded, so that the kernels round what they are given: the error is that of the
+    same tile without them. Where X alone is cut off, a pointwise has 1.6 times that."""
     seed = random.SystemRandom().randrange(1 << 20)
     print(f"seed {seed}")
     rng = random.Random(seed)
