@@ -36,11 +36,12 @@ class Layer:
     "conv" any other dense 2-D convolution of group 1. kernel, stride, dilation: (height, width); pads: (top, left,
     bottom, right), in pixels. residual: an Add with a residual follows, so a module can only end here. nodes: how many
     nodes of the model the layer stands for. activation_nodes: how many elementwise kernels stock runs after the
-    convolution (the pieces of the activation, and the residual Add). Of a squeeze-and-excite: pool says that the mean
-    of the output over its map is needed besides, so that a module can only end here; mean, that the input is such a
-    mean, so that a module can only start here, and is this pointwise, perhaps with the next (whole: of the map itself,
-    not of rows that a module in front has added up); scaled, that the input is multiplied by a factor for each image
-    and channel, so that a module can only start here. So does normed: the input is normalised over its channels.
+    convolution (the pieces of the activation, and the residual Add). Of a squeeze-and-excite, or a network's tail: pool
+    says that the mean of the output over its map is needed besides, so that a module can only end here; mean, that the
+    input is such a mean, so that a module can only start here, and is this pointwise, perhaps with the next (whole: of
+    the map itself, not of rows that a module in front has added up); scaled, that the input is multiplied by a factor
+    for each image and channel, so that a module can only start here. So does normed: the input is normalised over its
+    channels.
     """
 
     kind: str
@@ -81,8 +82,8 @@ class Layer:
             raise PlannerError(f"layer '{self.name}': only a pw layer takes a mean, factors or a normalised input")
         if self.mean + self.scaled + self.normed > 1:
             raise PlannerError(f"layer '{self.name}': of a mean, factors and a normalised input there is one at most")
-        if self.pool and (self.kind != "dw" or self.residual):
-            raise PlannerError(f"layer '{self.name}': only a depthwise without a residual is pooled")
+        if self.pool and self.kind == "dw" and self.residual:
+            raise PlannerError(f"layer '{self.name}': a depthwise with a residual is not pooled")
 
     @cached_property
     def taps(self) -> int:

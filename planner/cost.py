@@ -80,6 +80,7 @@ _ACTIVATION = {"none": 0, "relu": 0.5, "clip": 1, "hardswish": 3, "hardsigmoid":
 
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
+POOLING = 1.3  # times the instructions of a register of the output that is stored and added up
 FRAGMENT = 512  # bytes of an operand of a warp: 32 lanes x 16
 SECTOR = 32  # bytes that L2 hands out at least
 
@@ -420,8 +421,11 @@ def accumulators(seg: Segment, tile: Tile) -> int:
 
 
 def pool_rows(seg: Segment, tile: Tile) -> int:
-    """Rows of the sums over an image's map, of a segment with a depthwise."""
-    return tiling(seg, tile).tiles * ceil_div(tile.tile_h // tile.patch_h * (tile.tile_w // 2), 8)
+    """Rows of the sums over an image's map."""
+    if not seg.depthwise:
+        return ceil_div(seg.maps[-1][0] * seg.maps[-1][1] - 1, 16) + 1
+    warps = ceil_div(tile.tile_h // tile.patch_h * (tile.tile_w // 2), 8)
+    return tiling(seg, tile).tiles * warps * (tile.patch_h if seg.project else 1)
 
 
 def _first_rows(seg: Segment, tile: Tile) -> int:
@@ -553,7 +557,7 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         phase = max(
             phase, own * min(_first_tiles(seg, tile), tiles) if seg.depthwise else own * tile.patch_h // tile.warps_n
         )
-    if seg.pool and seg.depthwise:  # sums, and where they go; of a large filter more is loaded ahead
+    if seg.pool and seg.depthwise and not seg.project:  # sums, and where they go; a large filter loads more ahead
         phase += 16 * max(seg.depthwise.stride) if seg.depthwise.taps <= 9 else 8 + 8 * tile.patch_h
     if _from_registers(seg, tile):  # those of one group multiply while the next are loaded
         phase += 16 * tile.patch_h
@@ -723,7 +727,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         moved += x_reads * (SECTOR - 4) * (seg.batch * cut.x_runs * seg.c_in + spatial * staged_bytes(seg, t) / 128)
     inner, outer = packed_bytes(seg, t)
     padding = inner + outer - e * seg.weight_elements
-    if seg.pool:  # a row for every warp with pixels
+    if seg.pool:  # a row for every warp with pixels, or for every 16 pixels
         moved += seg.batch * pool_rows(seg, t) * y_bytes
 
     # Work of a warp in a chunk step.
@@ -798,7 +802,10 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
             width = 16 // e if seg.c_in % (16 // e) == 0 else 1
             values += 6 * t.patch_h * 16 * t.chunk / width / 32
         own = accumulators(seg, t) / t.split
-        ends, end_values = own * (2 if seg.residual else 1), own * _ACTIVATION[seg.project.activation]
+        ends, end_values = (
+            own * (2 if seg.residual else 1) * (POOLING if seg.pool else 1),
+            own * _ACTIVATION[seg.project.activation],
+        )
     else:
         ends, end_values = steps * groups * t.patch_h * 8.0, 0.0
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .gpus import Gpu
 
 REGISTERS = 112  # of a thread
-ROW_PIXELS = 32  # of the input's map, that the module in front adds up to one row
+ROW_PIXELS = 16  # of the input's map, that the module in front adds up to one row
 ROWS = 4  # of weights, that a lane multiplies with at once
 BLOCK_CLOCKS = 2500.0  # of a thread block: its start, the first row of the input, the last stores
 AT_ONCE = 8  # rows of the input that a thread waits for together

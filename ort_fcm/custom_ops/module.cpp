@@ -196,8 +196,8 @@ void set_channels(Stage& stage, int number, const std::vector<int64_t>& shape, i
 void check_module(const Module& module) {
   if (!module.residual && module.output_act.kind != Activation::none)
     fail("output_activation is given without the residual input R");
-  if (module.pool && (module.stages.back().kind != StageKind::depthwise || module.residual))
-    fail("there is a second output, which only a module has that ends in a depthwise, without a residual");
+  if (module.pool && (module.mean || (module.stages.back().kind == StageKind::depthwise && module.residual)))
+    fail("there is a second output, which no module has on a mean, or on a depthwise with a residual");
   if (module.scaled && (module.stages.front().kind != StageKind::pointwise || module.mean))
     fail("factors G are given, which only a module takes that starts with a pointwise");
   const bool plain_pointwise = module.stages.front().kind == StageKind::pointwise && !module.mean && !module.scaled;

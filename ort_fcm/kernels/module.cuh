@@ -782,7 +782,8 @@ struct Module {
     const int in_block = ((S.tile.warps_n > 1 ? warp_n * kWarpGroupsN : 0) + ng) * kGroup;
     if (in_block >= block_n(S)) return;
     const Pixel q[2] = {place.output_pixel(p, warp_m, py, 0), place.output_pixel(p, warp_m, py, 1)};
-    Out::store_group(p, q, (blocks_n(S) > 1 ? block_y() * block_n(S) : 0) + in_block, c);
+    Out::store_group(p, q, (blocks_n(S) > 1 ? block_y() * block_n(S) : 0) + in_block, c,
+                     [&](const auto& x, int channel) { Pool<C>::store(p, place, warp_m, py, q, x, channel); });
   }
   FCM_DEVICE void store_all() {
     FCM_UNROLL

@@ -106,29 +106,40 @@ struct Output {
     store<L::kLane>(p, q, c, x);
   }
 
-  // A group of products: `base` is the group's first channel, `side` the pixel. TAIL: half a group.
+  // A group of products: `base` is the group's first channel, `side` the pixel. TAIL: half a group. x: this lane's
+  // channels, from `first` on.
   template <bool TAIL>
-  FCM_DEVICE static void store_products(const Params& p, const Pixel& q, int base, int side,
-                                        const float (&c)[L::kBlocks8][4]) {
-    constexpr int kCount = TAIL ? L::kLane / 2 : L::kLane;
+  static constexpr int kCount = TAIL ? L::kLane / 2 : L::kLane;
+  template <bool TAIL>
+  FCM_DEVICE static void store_products(const Params& p, const Pixel& q, int first, int side,
+                                        const float (&c)[L::kBlocks8][4], float (&x)[kCount<TAIL>]) {
+    constexpr int kCount = Output::kCount<TAIL>;
     constexpr Act act = S.project_act;
-    const int first = base + L::column() * kCount;
-    float x[kCount], bias[kCount], slope[kCount] = {};
+    float bias[kCount], slope[kCount] = {};
     load_vector(bias, p.project_bias + first);
     if constexpr (act.kind == Activation::prelu) load_vector(slope, p.project_slope + first);
     FCM_UNROLL
     for (int i = 0; i < kCount; ++i) x[i] = activate<L::kHalf>(act, c[i / 2][2 * side + i % 2] + bias[i], slope[i]);
     store<kCount>(p, q, first, x);
   }
-  FCM_DEVICE static void store_group(const Params& p, const Pixel (&q)[2], int base, const float (&c)[L::kBlocks8][4]) {
-    if (base >= padded_out(S)) return;
+  // Of two pixels; then calls pool(x, first) if sums of Y are asked for.
+  template <bool TAIL, class Pool>
+  FCM_DEVICE static void store_pixels(const Params& p, const Pixel (&q)[2], int base, const float (&c)[L::kBlocks8][4],
+                                      Pool pool) {
+    const int first = base + L::column() * kCount<TAIL>;
+    float x[2][kCount<TAIL>];
     FCM_UNROLL
-    for (int side = 0; side < 2; ++side) {
-      if (padded_out(S) % L::kGroup && base + L::kGroup > padded_out(S))
-        store_products<true>(p, q[side], base, side, c);
-      else
-        store_products<false>(p, q[side], base, side, c);
-    }
+    for (int side = 0; side < 2; ++side) store_products<TAIL>(p, q[side], first, side, c, x[side]);
+    if constexpr (S.pool) pool(x, first);
+  }
+  template <class Pool>
+  FCM_DEVICE static void store_group(const Params& p, const Pixel (&q)[2], int base, const float (&c)[L::kBlocks8][4],
+                                     Pool pool) {
+    if (base >= padded_out(S)) return;
+    if (padded_out(S) % L::kGroup && base + L::kGroup > padded_out(S))
+      store_pixels<true>(p, q, base, c, pool);
+    else
+      store_pixels<false>(p, q, base, c, pool);
   }
 };
 

@@ -309,9 +309,12 @@ constexpr int working_bytes(const Spec& s) {
 constexpr int reduction_at(const Spec& s) { return s.tile.resident ? working_bytes(s) : 0; }
 // Barriers of 8 bytes, one a stage, at which asynchronous copies of weights arrive.
 constexpr int arrivals_at(const Spec& s) { return max(working_bytes(s), reduction_at(s) + reduction_bytes(s)); }
-// ---- Pool: a row of sums for every warp that has pixels of a tile
+// ---- Pool: a row of sums for every warp that has pixels of a tile; behind a project, for every 16 pixels of a warp.
+// Without a depthwise, 16 pixels may be of several images, and an image has rows for all that touch it.
 
 constexpr int pool_warps(const Spec& s) { return ceil_div(patches(s), 8); }
+constexpr int tile_pool_rows(const Spec& s) { return pool_warps(s) * (has_project(s) ? s.tile.patch_h : 1); }
+constexpr int flat_pool_rows(int pixels) { return ceil_div(pixels - 1, 16) + 1; }
 
 // ---- Gate: a thread block has `images` images; the blocks of a cluster share the middle and the output
 // channels. Rows of weights are padded to whole lanes. With `resident`, weights lie in shared memory.
@@ -382,7 +385,7 @@ constexpr Launch launch(const Spec& s, long long batch, long long h, long long w
     const long long blocks = max(1, cluster_sms(sms, s.tile.split) * s.tile.blocks / (blocks_n(s) * s.tile.split));
     l.grid_x = l.grid_x < blocks ? l.grid_x : blocks;
   }
-  l.pool_rows = s.pool ? l.tiles_x * l.tiles_y * pool_warps(s) : 0;
+  if (s.pool) l.pool_rows = s.depthwise ? l.tiles_x * l.tiles_y * tile_pool_rows(s) : flat_pool_rows(l.out_h * l.out_w);
   l.grid_y = blocks_n(s), l.grid_z = l.cluster_z = s.tile.split;
   l.threads = threads(s), l.shared_bytes = shared_bytes(s);
   return l;
@@ -406,8 +409,8 @@ constexpr const char* illegal(const Spec& s) {
   if (s.scaled && (!pointwise_first || s.mean)) return "a factor of X needs a pointwise at the start";
   if (normalises(s) && (!pointwise_first || s.mean || s.scaled))
     return "a normalised X needs a pointwise at the start, and no factors";
-  if (s.pool && (!s.depthwise || has_project(s) || s.residual))
-    return "sums over the map need a depthwise at the end, and no residual";
+  if (s.pool && (s.mean || (!has_project(s) && s.residual)))
+    return "sums over the map are of a map, and of a depthwise at the end without a residual";
   if (t.chunk <= 0 || t.chunk % group(s.type)) return "chunk must be a multiple of a group of channels";
   if (s.mean && (s.first == Dense::convolution || s.depthwise || s.project != Dense::pointwise || s.residual))
     return "behind a mean there are one or two pointwise convolutions";

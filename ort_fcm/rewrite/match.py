@@ -76,7 +76,7 @@ class Stage:
     @property
     def poolable(self) -> bool:
         """Whether a module that ends here can give the mean of its output over the map besides."""
-        return self.kind == "dw" and not self.residual
+        return not (self.mean or (self.kind == "dw" and self.residual))
 
 
 def chains(view: View) -> tuple[list[list[Stage]], dict[int, str]]:
@@ -399,12 +399,14 @@ def with_norm(view: View, found: Stage) -> Stage:
 
 
 def with_mean(view: View, found: Stage) -> Stage:
-    """The pointwise stage with the mean over a map that it alone reads."""
+    """The pointwise stage with the mean that it alone reads, over a map of more than one pixel."""
     name, between = squeezed(view, found.source)
     index = view.producer.get(name)
     if found.kind != "pw" or found.strides != (1, 1) or found.residual or found.factors or found.norm or index is None:
         return found
     if not view.is_global_mean(view.nodes[index]) or view.only_use(name) is None:
+        return found
+    if (view.size(view.nodes[index].input[0]) or ())[2:] == (1, 1):
         return found
     source, nodes = view.name(view.nodes[index].input[0]), (*found.nodes, *between, index)
     return replace(found, source=source, mean=True, unfolded=found, nodes=nodes)

@@ -82,9 +82,9 @@ def plan(
     plans: list[Plan] = []
     reasons: dict[int, str] = {}
     traffic_before = traffic_after = saved_by_l2 = 0
-    pooled = {stages[0].source for stages in chains if stages[0].mean}
-    pools = {view.name(stage.output) for stages in chains for stage in stages if stage.poolable}
+    pools = {view.name(stage.output): stage.kind for stages in chains for stage in stages if stage.poolable}
     chains = [_settled(view, stages, pools, gpu, objective) for stages in chains]
+    pooled = {stages[0].source for stages in chains if stages[0].mean}
     known = [_chain(view, stages, pooled, pools) for stages in chains]
     if tuner:
         tuner.tune([chain for chain in known if isinstance(chain, Chain) and chain.name not in given])
@@ -126,17 +126,20 @@ def plan(
     return Planned(segments, reasons, (traffic_before, traffic_after), dram, plans)
 
 
-def _settled(view: View, stages: Sequence[Stage], pools: set[str], gpu: Gpu, objective: str) -> Sequence[Stage]:
+def _settled(
+    view: View, stages: Sequence[Stage], pools: Mapping[str, str], gpu: Gpu, objective: str
+) -> Sequence[Stage]:
     """The chain, whose first stage takes a mean itself only where that pays."""
     plain = stages[0].unfolded
     chain = _chain(view, stages, set(), pools)
-    if plain is None or isinstance(chain, str) or not chain.layers[0].whole:
+    if plain is None or isinstance(chain, str) or pools.get(stages[0].source) == "dw":
         return stages
     return stages if folds_mean(chain, gpu, objective, CAUTIOUS) else [plain, *stages[1:]]
 
 
-def _chain(view: View, stages: Sequence[Stage], pooled: set[str], pools: set[str]) -> Chain | str:
-    """pooled: the maps of which a module takes the mean; pools: those that a module in front can give the mean of."""
+def _chain(view: View, stages: Sequence[Stage], pooled: set[str], pools: Mapping[str, str]) -> Chain | str:
+    """pooled: the maps of which a module takes the mean; pools: those that a module in front can give the mean of, with
+    the kind of stage that makes them."""
     shape = view.planned(stages[0].source)
     dtype = DTYPES.get(view.type(stages[0].source))
     shape = (*shape, 1, 1) if shape and len(shape) == 2 else shape

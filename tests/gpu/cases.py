@@ -74,8 +74,8 @@ def random_case(chain: str, dtype: str, number: int, seed: int, tile: str = "") 
             break
     option = bool(kinds[0] == "pw" and not mean and number % 2)
     normed = option and bool(rng.random() < 0.5)
-    pool = bool(kinds[-1] == "dw" and number % 2)
-    residual = bool(number % 3 == 2 or rng.random() < 0.2) and not (mean or pool)
+    pool = bool(not mean and number % 2)
+    residual = bool(number % 3 == 2 or rng.random() < 0.2) and not (mean or (pool and kinds[-1] == "dw"))
     after = ACTIVATIONS[number % 12]
     after = "none" if after == "prelu" or not residual else after  # a slope belongs to a stage
     return Case(

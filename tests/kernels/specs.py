@@ -74,12 +74,12 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
         fields |= {"project": dense[last], "project_act": act()}
         fields["project_window"] = window(last) if len(stages) == 1 else _window(1, 1, 1, (0, 0, 0, 0))
     fields |= {"c_in": str(c_in), "c_mid": str(c_mid), "c_out": str(c_out)}
-    pool = not last_dense and rng.random() < 0.5
+    pool = rng.random() < 0.5
     fields["pool"] = str(pool).lower()
     fields["scaled"] = str(stages[0] == "pw" and rng.random() < 0.5).lower()
     scaled = fields["scaled"] == "true"
     fields["norm_epsilon"] = "0.01f" if stages[0] == "pw" and not scaled and rng.random() < 0.5 else "0"
-    fields["residual"] = str(not pool and rng.random() < 0.4).lower()
+    fields["residual"] = str((last_dense or not pool) and rng.random() < 0.4).lower()
     fields["output_act"] = _act(rng.choice(("none", "relu")))
     fields["input_nchw"] = str(rng.random() < (0.8 if stages[0] == "conv" and c_in < 32 else 0.2)).lower()
     fields["output_nchw"] = str(rng.random() < 0.2).lower()
@@ -93,6 +93,8 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     height, width, batch = rng.randint(9, 17), rng.randint(9, 17), rng.choice((1, 2, 3))
     if not depthwise:
         images = 1
+        if "conv" not in stages and rng.random() < 0.5:  # several images among 16 pixels
+            height, width, batch = rng.randint(1, 6), rng.randint(1, 6), rng.randint(2, 9)
     if images > 1:  # such a tile covers the map
         height, width = rng.randint(5, 8), rng.randint(5, 8)
         tile_h, tile_w = patch_h * -(-9 // patch_h), 16
@@ -172,7 +174,8 @@ def cases(seed: int, random_cases: int) -> list[Case]:
     drawn = [draw(rng, chain, TYPES[(i + seed) % 3]) for i, chain in enumerate(CHAINS)]
     drawn += [draw(rng, "pw-dw-pw", "float16", activation) for activation in ACTIVATIONS]
     for chain, *options in (
-        ("pw-dw", "pool=true"), ("dw", "pool=true"), ("pw", "scaled=true"), ("pw-pw", "scaled=true"),
+        ("pw-dw", "pool=true"), ("dw", "pool=true"), ("pw", "pool=true"), ("pw-dw-pw", "pool=true"),
+        ("pw", "scaled=true"), ("pw-pw", "scaled=true"),
         ("pw-pw", "norm_epsilon=0.01f"), ("pw", "norm_epsilon=0.01f"), ("pw", "norm_epsilon=0.01f", "tile.wgmma=1"),
         ("pw-pw", "norm_epsilon=0.01f", "tile.wgmma=1"),
     ):  # fmt: skip

@@ -159,8 +159,8 @@ def random_module(rng: np.random.Generator, chain: str, dtype: type[np.floating]
     module.scaled = bool(kinds[0] == "pw" and not mean and rng.random() < 0.5)
     if kinds[0] == "pw" and not (mean or module.scaled) and rng.random() < 0.5:
         module.norm_epsilon = 1e-3
-    module.pool = bool(kinds[-1] == "dw" and rng.random() < 0.5)
-    module.residual = bool(rng.random() < 0.4) and not (mean or module.pool)
+    module.pool = bool(not mean and rng.random() < 0.5)
+    module.residual = bool(rng.random() < 0.4) and not (mean or (module.pool and kinds[-1] == "dw"))
     if module.residual:
         module.output_activation = str(rng.choice([a for a in ACTIVATIONS if a != "prelu"]))
         module.output_params = params(module.output_activation)

@@ -140,8 +140,8 @@ def _of(kinds: str, **options: Any) -> Module:
     [
         (_of("dw-pw", scaled=True), "factors G are given, which only a module takes that starts with a pointwise"),
         (_of("pw-pw", mean=True, scaled=True), "factors G are given, which only a module takes"),
-        (_of("dw-pw", pool=True), "there is a second output, which only a module has that ends in a depthwise"),
-        (_of("pw-dw", pool=True, residual=True), "there is a second output, which only a module has that ends in"),
+        (_of("pw", mean=True, pool=True), "there is a second output, which no module has on a mean"),
+        (_of("pw-dw", pool=True, residual=True), "there is a second output, which no module has on a mean, or on a"),
         (_of("pw-pw", mean=True, residual=True), "a residual is given to a module on a mean"),
         (_of("dw-pw", norm_epsilon=1e-6), "norm_epsilon is given, which only a module takes that starts with a"),
         (_of("pw", norm_epsilon=1e-6, scaled=True), "norm_epsilon is given, which only a module takes that starts"),

@@ -113,7 +113,7 @@ def segments(draw: st.DrawFn) -> Segment:
         layers.append(
             Layer(kind, channels, outputs, (kernel, kernel), (step, step), pads=(kernel // 2,) * 4,
                   activation=draw(st.sampled_from(list(ACTIVATIONS))),
-                  pool=option and kind == "dw" and stages.endswith("dw"), mean=mean and not layers,
+                  pool=option and not mean and len(layers) == stages.count("-"), mean=mean and not layers,
                   whole=option and mean and not layers,
                   scaled=option and not normed and stages.startswith("pw") and not mean and not layers,
                   normed=normed and stages.startswith("pw") and not mean and not layers)

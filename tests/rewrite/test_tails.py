@@ -91,17 +91,23 @@ TAILS: dict[str, tuple[int, Make]] = {
 }
 
 
+@pytest.mark.parametrize("added_up", [False, True])
 @pytest.mark.parametrize("tail", TAILS)
-def test_a_tail_is_one_module(fuse: Fuse, seed: int, tail: str) -> None:
+def test_a_tail_is_one_module(fuse: Fuse, seed: int, tail: str, added_up: bool) -> None:
+    """It reads sums over the map from the module in front, or the map itself where another node makes it."""
     opset, make = TAILS[tail]
     net = Net(opset, seed=seed)
-    net.output(make(net, net.op("Relu", net.conv(net.input("batch", 8, "height", "width"), 24))), rank=2)
+    x = net.conv(net.input("batch", 8, "height", "width"), 24)
+    net.output(make(net, net.op("Relu" if added_up else "Softsign", x)), rank=2)
     model = net.model()
     result = fuse(model).model
     assert stages(result) == ["pw", "mean-pw"]
-    assert set(ops(result)) <= {"FusedConvModule", "Transpose", "Reshape", "Flatten"}
+    assert set(ops(result)) <= {"FusedConvModule", "Transpose", "Reshape", "Flatten", "Softsign"}
     front, behind = (module["node"] for module in modules(result))
-    assert behind.input[0] == front.output[0], "the map itself, channels-last"
+    if added_up:
+        assert behind.input[0] == front.output[1]
+    else:
+        assert len(front.output) == 1 and behind.input[0].endswith("/nhwc"), "the map itself, channels-last"
     check(model, result, seed)
 
 
@@ -261,7 +267,7 @@ def test_the_planner_takes_the_tail_of_a_network(seed: int) -> None:
     net.output(gemm(net, flat(net, pooled(net, x)), 1000, transB=1), rank=2)
     model = net.model()
     done = ort_fcm.rewrite(model, gpu="H200")
-    assert [module.variant for module in done.report.modules] == ["PW", "MEAN+PW"]
+    assert [module.variant for module in done.report.modules] == ["PW+POOL", "MEAN+PW"]
     assert done.report.convolutions == done.report.in_modules == 2
     check(model, done.model, seed)
 
@@ -269,7 +275,7 @@ def test_the_planner_takes_the_tail_of_a_network(seed: int) -> None:
 def test_a_mean_over_a_large_map_is_left_to_a_kernel_of_its_own(seed: int) -> None:
     """Few channels and many pixels: a thread block or two would read them all."""
     net = Net(17, seed=seed)
-    x = net.op("Relu", net.conv(net.input(1, 8, 160, 160), 24))
+    x = net.op("Softsign", net.conv(net.input(1, 8, 160, 160), 24))
     net.output(gemm(net, net.op("Relu", gemm(net, flat(net, pooled(net, x)), 6)), 24), rank=2)
     model = net.model()
     done = ort_fcm.rewrite(model, gpu="H200")
