@@ -258,11 +258,13 @@ class Bench:
     def pack(self, host: Host, k: int) -> None:
         """Weights as the tile of `host`'s module `k` wants them."""
         data = self.data
-        for i, place in enumerate(places(self.case)):
+        channels = self.case.stages[-1].c_out
+        passing = np.ones((channels, 1, 1, 1)), np.zeros(channels), None  # behind a lone stem
+        stages = [*zip(data.weights, data.biases, data.slopes, strict=True), passing]
+        for place, (weight, bias, slope) in zip(places(self.case), stages, strict=False):
             name = ("first", "depthwise", "project")[place]
-            slope = data.slopes[i]
-            self.weights[f"{name}_weight"] = self._upload(host.weights(k, place, data.weights[i]))
-            self.weights[f"{name}_bias"] = self._upload(host.vector(k, place, data.biases[i]))
+            self.weights[f"{name}_weight"] = self._upload(host.weights(k, place, weight))
+            self.weights[f"{name}_bias"] = self._upload(host.vector(k, place, bias))
             if slope is not None:
                 self.weights[f"{name}_slope"] = self._upload(host.vector(k, place, slope))
 

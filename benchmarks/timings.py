@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import json
 import lzma
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from ort_fcm.planner.chain import STEM_CHANNELS
 
 from benchmarks.case import Case, Stage
 
@@ -36,15 +39,23 @@ def tile(row: dict[str, Any]) -> str:
     return " ".join(f"{k[5:]}={v}" for k, v in row["spec"].items() if k.startswith("tile."))
 
 
+def as_run(case: Case) -> Case:
+    """The case as its kernel runs it: a lone stem in front of a depthwise that passes its result on."""
+    stem = case.stages[0]
+    if len(case.stages) > 1 or stem.kind != "conv" or stem.c_in > STEM_CHANNELS:
+        return case
+    return replace(case, stages=(stem, Stage("dw", stem.c_out, stem.c_out, bias=False)))
+
+
 def places(case: Case) -> list[int]:
-    """Which part of the kernel each stage is: 0 first, 1 depthwise, 2 project."""
-    last = len(case.stages) - 1
-    return [1 if s.kind == "dw" else 2 if i == last else 0 for i, s in enumerate(case.stages)]
+    """Which part of the kernel each stage is, of the case as it is run: 0 first, 1 depthwise, 2 project."""
+    stages = as_run(case).stages
+    return [1 if s.kind == "dw" else 2 if i + 1 == len(stages) else 0 for i, s in enumerate(stages)]
 
 
 def spec(case: Case) -> dict[str, Any]:
     """The fields of fcm::Spec by name, those of stages that are not there left out."""
-    stages = case.stages
+    stages = as_run(case).stages
     middle = stages[0].c_out if len(stages) > 1 else stages[0].c_in
     fields: dict[str, Any] = {"type": TYPES.index(case.dtype), "first": 0, "depthwise": False, "project": 0}
     fields |= {"c_in": stages[0].c_in, "c_mid": middle, "c_out": stages[-1].c_out, "residual": case.residual}

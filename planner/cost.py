@@ -267,8 +267,12 @@ def segment(chain: Chain, first: int, last: int) -> Segment | None:
     if layers[0].mean and (kinds not in (["pw"], ["pw", "pw"]) or layers[0].scaled or layers[-1].residual):
         return None
     bare = [replace(layer, name="", nodes=1, activation_nodes=0, residual=False) for layer in layers]
+    if kinds == ["conv"] and layers[0].in_channels <= STEM_CHANNELS:
+        # A lone stem runs in front of a depthwise that passes its result on: so its input is staged.
+        bare.append(Layer("dw", layers[0].out_channels, layers[0].out_channels))
+        kinds.append("dw")
     depthwise = kinds.index("dw") if "dw" in kinds else None
-    lone = len(layers) == 1
+    lone = len(bare) == 1
     project = bare[-1] if kinds[-1] != "dw" else None
     if project and not lone and project.stride != (1, 1):
         return None  # a project behind another stage takes each pixel
@@ -473,7 +477,7 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
     if seg.depthwise:
         spatial = tiling(seg, t)
         if seg.first and seg.first.kind == "conv":
-            once += round_up(staged_bytes(seg, t), 16)
+            once += staged_bytes(seg, t)
         planes += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
     if seg.mean:
         once = chunk_steps(seg, t) * groups * round_up(t.images, 8) * 64 + gate.parts_bytes(seg, t)
@@ -481,9 +485,10 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
         weights += groups * (block_n(seg, t) // 8) * fragment
         if _exchanges(seg, t):
             planes += t.warps_m * groups * t.patch_h * 2 * fragment
-    reduction = warps * t.patch_h * _warp_groups_n(seg, t) * (seg.group // 8) * fragment if t.split > 1 else 0
+    units = round_up(warps * t.patch_h * _warp_groups_n(seg, t), t.split)
+    reduction = units * (seg.group // 8) * fragment if t.split > 1 else 0
     if seg.takes_moments and t.split > 1:
-        reduction += t.warps_m * t.patch_h * 128
+        reduction += t.split * t.warps_m * t.patch_h * 128
     stages = 3 if seg.streams and t.wgmma and not t.resident else 2  # of what a chunk step replaces
     working = once + stages * planes + (chunk_steps(seg, t) if t.resident else stages) * weights
     arrivals = 32
@@ -497,8 +502,9 @@ def staged_bytes(seg: Segment, tile: Tile) -> int:
     spatial = tiling(seg, tile)
     rows = (spatial.halo_rows - 1) * seg.first.stride[0] + seg.first.reach[0]
     columns = (spatial.halo_columns - 1) * seg.first.stride[1] + seg.first.reach[1]
-    pitch = round_up(columns + max(1, seg.first_columns - seg.first.kernel[1]), 2)
-    return tile.images * seg.c_in * rows * pitch * seg.element
+    vector = 16 // seg.element
+    columns += seg.first_columns - seg.first.kernel[1] + vector - 1
+    return tile.images * seg.c_in * rows * (ceil_div(columns, vector) | 1) * 16
 
 
 def packed_bytes(seg: Segment, tile: Tile) -> tuple[int, int]:

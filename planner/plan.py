@@ -278,7 +278,7 @@ def _variants(seg: Segment, tile: Tile, gpu: Gpu, grid: int, priors: Priors) -> 
 
 
 def _module(seg: Segment, first: int, last: int, gpu: Gpu, tile: Tile, cost: Estimate) -> Module:
-    variant = "-".join(layer.kind for layer in seg.layers).replace("-", "").upper()
+    variant = "".join(layer.kind for layer in seg.layers[: last - first + 1]).upper()
     out_h, out_w = seg.maps[-1]
     if variant == "PWDW" and (tile.tile_h < out_h or tile.tile_w < out_w):
         variant = "PWDW_R"

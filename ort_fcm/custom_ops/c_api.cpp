@@ -29,8 +29,9 @@ int answer(const char** result, Work work) noexcept {
 }
 
 fcm::Fitted fit(const char* module, const fcm::Limits& limits) {
-  const fcm::Description description = fcm::read_description(module);
-  return fit_tile(make_spec(description.module, description.type), description.module.tile, limits);
+  fcm::Description description = fcm::read_description(module);
+  const fcm::Module as_run = staged(std::move(description.module));
+  return fit_tile(make_spec(as_run, description.type), as_run.tile, limits);
 }
 
 }  // namespace

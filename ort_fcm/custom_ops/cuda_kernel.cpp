@@ -96,7 +96,7 @@ class CudaKernel : public Kernel {
 }  // namespace
 
 std::unique_ptr<Kernel> make_cuda_kernel(Module module, const ort::KernelInfo* info) {
-  return std::make_unique<CudaKernel>(std::move(module), info);
+  return std::make_unique<CudaKernel>(staged(std::move(module)), info);
 }
 
 }  // namespace fcm

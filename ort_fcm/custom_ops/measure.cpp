@@ -146,7 +146,7 @@ double time_launches(Work launch) {
 }  // namespace
 
 double measure(Description description, const std::vector<int64_t>& x_shape) {
-  Module& module = description.module;
+  Module module = staged(std::move(description.module));
   const cuda::Context context = context_to_use();
   const cuda::Current current(context);
   const Gpu gpu = current_gpu();

@@ -25,6 +25,18 @@ void set_project(Spec& spec, const Stage& stage) {
 
 }  // namespace
 
+Module staged(Module module) {
+  const Stage& stem = module.stages.front();
+  if (module.stages.size() > 1 || stem.kind != StageKind::convolution || stem.in_channels > kStemChannels)
+    return module;
+  Stage passing;
+  passing.kind = StageKind::depthwise;
+  passing.in_channels = passing.out_channels = stem.out_channels;
+  passing.weight.assign(size_t(stem.out_channels), 1.f);
+  module.stages.push_back(std::move(passing));
+  return module;
+}
+
 Spec make_spec(const Module& module, Type type) {
   Spec spec;
   spec.type = type;

@@ -14,6 +14,10 @@ struct Limits {
   bool warpgroups;   // wgmma: sm_90 alone
 };
 
+// A lone stem as its kernel runs it: in front of a depthwise that passes its result on, since the input of such a first
+// stage is staged in shared memory. Other modules as they are.
+Module staged(Module module);
+
 // A module without its weights, as the kernels see it; the tile is not filled in.
 Spec make_spec(const Module& module, Type type);
 

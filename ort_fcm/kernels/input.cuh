@@ -2,13 +2,14 @@
 // of a dense convolution, whose "channels" are (input channel, filter row, filter column).
 #pragma once
 
-#include "lanes.cuh"
+#include "tile.cuh"
 
 namespace fcm {
 
 template <class C>
 struct Input {
   using L = Lanes<C>;
+  using T = TilePlace<C>;
   static constexpr Spec S = C::spec;
 
   FCM_DEVICE static u32 element(const Params& p, int n, int c, int y, int x) {
@@ -85,19 +86,22 @@ struct Input {
   }
 
   // X under the halo region in shared memory, zero outside of X, where a dense convolution comes first: rows start at
-  // an even column, so that halves can be copied in pairs, and read in pairs where windows start at even columns.
+  // a column of X that is a multiple of kVector, so that vectors of 16 bytes can be copied where X has whole ones.
   struct Staged {
     static constexpr Window W = S.first_window;
     static constexpr int kRows = stages_input(S) ? staged_h(S) : 1, kPitch = stages_input(S) ? staged_pitch(S) : 2;
     static constexpr bool kPairs = reads_pairs(S);
+    static constexpr int kVector = 16 / L::kElement;
     static constexpr int kTapColumns = first_columns(S), kTaps = W.kernel_h * kTapColumns, kSteps = first_steps(S),
                          kGroups = ceil_div(kSteps, 2);
     const char* from;
     int taps[stages_input(S) ? kGroups : 1][L::kLane];  // offsets of this lane's share of the reduction
 
-    FCM_DEVICE static int left(int x) { return x * W.stride_w - W.pad_left; }
+    // The first column that a halo region's windows read, and what lies in front of it in a row.
+    FCM_DEVICE static int left(int x) { return x * W.stride_w - W.pad_left - first_lead(S); }
+    FCM_DEVICE static int lead(int x) { return left(x) & (kVector - 1); }
 
-    FCM_DEVICE Staged(const char* staged, int halo_x) : from(staged) {
+    FCM_DEVICE Staged(const char* staged, int halo_x) : from(staged + lead(halo_x) * L::kElement) {
       if constexpr (stages_input(S)) {
         FCM_UNROLL
         for (int kg = 0; kg < kGroups; ++kg) {
@@ -105,8 +109,7 @@ struct Input {
           for (int i = 0; i < L::kLane; ++i) {
             const int k = kg * L::kGroup + L::column() * share(kg) + i;
             const int c = k / kTaps, ky = k % kTaps / kTapColumns, kx = k % kTapColumns;
-            taps[kg][i] = (k < first_depth(S) ? (c * kRows + ky * W.dilation_h) * kPitch + kx * W.dilation_w : 0) +
-                          (kPairs ? 0 : left(halo_x) & 1);
+            taps[kg][i] = k < first_depth(S) ? (c * kRows + ky * W.dilation_h) * kPitch + kx * W.dilation_w : 0;
           }
         }
       }
@@ -115,27 +118,30 @@ struct Input {
 
     // `y`, `x`: the halo region's corner on the middle map.
     FCM_DEVICE static void copy(const Params& p, char* to, int image0, int images, int y, int x) {
-      constexpr int kWord = L::kHalf ? 2 : 1, kColumns = kPitch / kWord;  // elements of four bytes
-      constexpr int kAll = S.tile.images * S.c_in * kRows * kColumns;
-      const int top = y * W.stride_h - W.pad_top, first = left(x) & ~1;
-      const bool words = S.input_nchw && p.in_w % kWord == 0;
-      FCM_UNROLL
-      for (int i0 = 0; i0 < kAll; i0 += threads(S)) {
-        const int i = i0 + thread_index();
-        if (i >= kAll) break;
-        const int column = i % kColumns * kWord, row = i / kColumns % kRows, plane = i / (kColumns * kRows);
+      const int top = y * W.stride_h - W.pad_top, first = left(x) - lead(x);
+      if (S.input_nchw && p.in_w % kVector == 0)
+        copy_columns<kVector, ceil_div(staged_columns(S), kVector)>(p, to, image0, images, top, first);
+      else
+        copy_columns<1, staged_columns(S)>(p, to, image0, images, top, first);
+    }
+    // Column by column, or by vectors that lie in X or outside of it.
+    template <int WIDTH, int COLUMNS>
+    FCM_DEVICE static void copy_columns(const Params& p, char* to, int image0, int images, int top, int first) {
+      constexpr int kAll = S.tile.images * S.c_in * kRows * COLUMNS;
+      for (int i = thread_index(); i < kAll; i += threads(S)) {
+        const int column = i % COLUMNS * WIDTH, line = i / COLUMNS, row = line % kRows, plane = line / kRows;
         const int c = plane % S.c_in, image = plane / S.c_in, sy = top + row, sx = first + column;
-        const bool inside = image < images && sy >= 0 && sy < p.in_h;
-        if (words) {
-          const bool valid = inside && sx >= 0 && sx < p.in_w;
+        const bool valid = image < images && sy >= 0 && sy < p.in_h && sx >= 0 && sx < p.in_w;
+        char* place = to + (line * kPitch + column) * L::kElement;
+        if constexpr (WIDTH > 1) {
           const long long at = (((long long)(image0 + image) * S.c_in + c) * p.in_h + sy) * p.in_w + sx;
-          copy_async4(to + i * 4, (const char*)p.x + (valid ? at * L::kElement : 0), valid);
+          copy_async(place, (const char*)p.x + (valid ? at * L::kElement : 0), valid);
         } else {
-          u32 word = 0;
-          FCM_UNROLL
-          for (int j = 0; j < kWord; ++j)
-            if (inside && sx + j >= 0 && sx + j < p.in_w) word |= element(p, image0 + image, c, sy, sx + j) << 16 * j;
-          *(u32*)(to + i * 4) = word;
+          const u32 e = valid ? element(p, image0 + image, c, sy, sx) : 0;
+          if constexpr (L::kHalf)
+            *(unsigned short*)place = (unsigned short)e;
+          else
+            *(u32*)place = e;
         }
       }
     }
@@ -171,6 +177,44 @@ struct Input {
       inside = sy >= 0 && sy < p.in_h && sx >= 0 && sx < p.in_w;
       return address(p, Window{}, n, sy, sx, k - tap * S.c_in);
     }
+  }
+
+  // Where pixels of X are vectors: the first channel of a pixel of the halo region, and of what output pixel (py, side)
+  // of this lane reads, null where there is none.
+  static constexpr bool kWholePixels = vector_input(S) && S.first == Dense::pointwise && !S.scaled;
+  FCM_DEVICE static const char* halo_pixel(const Params& p, const T& at, const typename T::HaloPlace& h) {
+    constexpr Window w = S.first_window;
+    const long long corner =
+        ((long long)at.image0 * p.in_h + at.halo_y() * w.stride_h) * p.in_w + at.halo_x() * w.stride_w;
+    const int pixel = (h.image * p.in_h + h.y * w.stride_h) * p.in_w + h.x * w.stride_w;
+    return (const char*)p.x + corner * (S.c_in * L::kElement) + (long long)pixel * (S.c_in * L::kElement);
+  }
+  FCM_DEVICE static const char* output_pixel(const Params& p, const T& at, int py, int side) {
+    constexpr Window w = S.project_window;
+    if constexpr (w.stride_h == 1 && w.stride_w == 1) {
+      const long long i = at.flat_pixel(L::warp_m(), py, side);
+      return at.flat_exists(p, L::warp_m(), py, side) ? (const char*)p.x + i * (S.c_in * L::kElement) : nullptr;
+    } else {
+      const Pixel q = at.output_pixel(p, L::warp_m(), py, side);
+      return q.valid ? address(p, w, q.n, q.y, q.x, 0) : nullptr;
+    }
+  }
+  // As load_group, of a pixel's first channel.
+  template <int DEPTH>
+  FCM_DEVICE static Vec load_pixel(const char* pixel, int kg) {
+    constexpr int kSteps = ceil_div(DEPTH, L::kGroup / 2);
+    Vec v{};
+    if (kSteps % 2 && kg == kSteps / 2) {
+      const int k = kg * L::kGroup + L::column() * (L::kLane / 2);
+      if (k < S.c_in) {
+        const HalfVec h = *(const HalfVec*)(pixel + k * L::kElement);
+        v.r[0] = h.r[0], v.r[1] = h.r[1];
+      }
+    } else {
+      const int k = kg * L::kGroup + L::column() * L::kLane;
+      if (k < S.c_in) v = *(const Vec*)(pixel + k * L::kElement);
+    }
+    return L::operand(v);
   }
 
   FCM_DEVICE static const char* address(const Params& p, const Window& w, int n, int y, int x, int k) {

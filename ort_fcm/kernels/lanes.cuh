@@ -24,18 +24,26 @@ struct Lanes {
   FCM_DEVICE static int warp_n() { return thread_index() / 32 / S.tile.warps_m; }
   FCM_DEVICE static int warp() { return thread_index() / 32; }
 
-  // c += a * b over STEPS of a group: a is pixel g and pixel g + 8, b the weights of 8 channels.
+  // What a product reads of pixels g and g + 8: of each of a group's two steps, the registers in its order.
+  struct Operand {
+    Vec step[2];
+  };
+  FCM_DEVICE static Operand operands(const Vec& v0, const Vec& v1) {
+    return {{Vec{{v0.r[0], v1.r[0], v0.r[1], v1.r[1]}}, Vec{{v0.r[2], v1.r[2], v0.r[3], v1.r[3]}}}};
+  }
+
+  // c += a * b over STEPS of a group: b are the weights of 8 channels.
   template <int STEPS>
-  FCM_DEVICE static void multiply(float (&c)[4], const Vec& a0, const Vec& a1, const Vec& b) {
+  FCM_DEVICE static void multiply(float (&c)[4], const Operand& operand, const Vec& b) {
     FCM_UNROLL
     for (int s = 0; s < STEPS; ++s) {
-      const int lo = 2 * s, hi = 2 * s + 1;
+      const u32(&a)[4] = operand.step[s].r;
+      const u32 w[2] = {b.r[2 * s], b.r[2 * s + 1]};
       if constexpr (kHalf) {
-        mma_half(c, c, a0.r[lo], a1.r[lo], a0.r[hi], a1.r[hi], b.r[lo], b.r[hi]);
+        mma_half(c, c, a[0], a[1], a[2], a[3], w[0], w[1]);
       } else if constexpr (S.type == Type::tf32) {
-        mma_tf32(c, c, a0.r[lo], a1.r[lo], a0.r[hi], a1.r[hi], b.r[lo], b.r[hi]);
+        mma_tf32(c, c, a[0], a[1], a[2], a[3], w[0], w[1]);
       } else {  // float to nearly its own precision: the products of both operands' high and low parts, but low * low
-        const u32 a[4] = {a0.r[lo], a1.r[lo], a0.r[hi], a1.r[hi]}, w[2] = {b.r[lo], b.r[hi]};
         u32 ah[4], al[4], bh[2], bl[2];
         FCM_UNROLL
         for (int i = 0; i < 4; ++i) split(a[i], ah[i], al[i]);

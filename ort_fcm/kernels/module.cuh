@@ -66,7 +66,7 @@ struct Module {
 
   // `first`: where the pixels of this lane's tiles go in the halo plane, and their input fragments.
   int halo_offsets[kFirstTiles][2];
-  Vec first_input[kFirstRegisters ? kFirstTiles : 1][kFirstRegisters ? kFirstGroups : 1][2];
+  typename L::Operand first_input[kFirstRegisters ? kFirstTiles : 1][kFirstRegisters ? kFirstGroups : 1];
   // Without `first`: what this thread copies of the halo region, or the pixels of its fragments.
   static constexpr int kCopies =
       !kFirst && S.depthwise ? ceil_div(S.tile.images * halo_h(S) * halo_w(S) * 4, kThreads) : 1;
@@ -74,7 +74,9 @@ struct Module {
   int copy_to[kCopiesKept ? kCopies : 1], copy_from[kCopiesKept ? kCopies : 1], copy_image0 = 0;
   Pixel sources[!kFirst && !S.depthwise ? P : 1][2];
   static constexpr bool kScalesStream = kStreams && S.scaled;
-  int factors_of[kScalesStream ? P : 1][2];  // the images of this tile's fragments
+  static constexpr bool kStreamsPixels = kStreams && S.project == Dense::pointwise && !S.scaled;
+  const char* source_pixels[kStreamsPixels ? P : 1][2];  // in place of `sources`; null where there is none
+  int factors_of[kScalesStream ? P : 1][2];              // the images of this tile's fragments
 
   float sums[P][kWarpGroupsN][kBlocks8][4];
   static constexpr bool kMomentsTaken = takes_moments(S);
@@ -216,9 +218,15 @@ struct Module {
         for (int py = 0; py < P; ++py) {
           FCM_UNROLL
           for (int side = 0; side < 2; ++side) {
-            const Pixel& q = sources[py][side];
-            bool valid = q.valid && k < middle_channels(S);
-            const char* from = valid ? In::stream_address(p, q.n, q.y, q.x, k, valid) : nullptr;
+            bool valid;
+            const char* from;
+            if constexpr (kStreamsPixels) {
+              valid = source_pixels[py][side] && k < S.c_in, from = source_pixels[py][side] + k * L::kElement;
+            } else {
+              const Pixel& q = sources[py][side];
+              valid = q.valid && k < middle_channels(S);
+              from = valid ? In::stream_address(p, q.n, q.y, q.x, k, valid) : nullptr;
+            }
             copy_async(exchange_buffer(step) + exchange_offset(gi, py, side), valid ? from : (const char*)p.x, valid);
           }
         }
@@ -242,7 +250,12 @@ struct Module {
       FCM_UNROLL
       for (int py = 0; py < P; ++py) {
         FCM_UNROLL
-        for (int side = 0; side < 2; ++side) sources[py][side] = at.output_pixel(p, L::warp_m(), py, side);
+        for (int side = 0; side < 2; ++side) {
+          if constexpr (kStreamsPixels)
+            source_pixels[py][side] = In::output_pixel(p, at, py, side);
+          else
+            sources[py][side] = at.output_pixel(p, L::warp_m(), py, side);
+        }
       }
     }
     if constexpr (!kFirst && S.depthwise) {
@@ -271,6 +284,19 @@ struct Module {
 
   // ---- Stages
 
+  // Where the pixels of this lane's tiles of the halo region go. All tiles of which the same part lies on the map
+  // agree.
+  FCM_DEVICE void find_halo(const T& at) {
+    if constexpr (kAhead > 0) {
+      FCM_UNROLL
+      for (int i = 0; i < kFirstTiles; ++i) {
+        const int tile = kWgmma ? first_row(i) + L::warp() % 4 * 16 : first_tile(i) * 16;
+        FCM_UNROLL
+        for (int side = 0; side < 2; ++side)
+          halo_offsets[i][side] = at.halo_offset(at.halo_pixel(tile + side * 8 + L::row())) + L::column() * 16;
+      }
+    }
+  }
   // Where the mean of an image of the tile lies: of the group-th group of this block's channels, lane column's.
   FCM_DEVICE static int mean_offset(int group, int image, int column) {
     constexpr int kRows = mean_rows(S);
@@ -297,57 +323,87 @@ struct Module {
     [[maybe_unused]] const typename In::Staged staged(shared + kStagedAt, at.halo_x());
     FCM_UNROLL
     for (int i = 0; i < kFirstTiles; ++i) {
+      typename T::HaloPlace h[2]{};
+      Pixel q[2];
       FCM_UNROLL
       for (int side = 0; side < 2; ++side) {
-        Pixel q;
         if constexpr (S.depthwise) {
-          q = at.halo_pixel((L::warp() + i * warps(S)) * 16 + side * 8 + L::row());
-          halo_offsets[i][side] = at.halo_offset(q) + L::column() * 16;
+          h[side] = at.halo_place_at(halo_offsets[i][side]);
+          q[side] = {at.image0 + h[side].image, at.halo_y() + h[side].y, at.halo_x() + h[side].x, true};
         } else {
-          q = at.output_pixel(p, L::warp_m(), i, side);
+          q[side] = at.output_pixel(p, L::warp_m(), i, side);
         }
+      }
+      FCM_UNROLL
+      for (int kg = 0; kg < kFirstGroups; ++kg) {
+        Vec v[2];
         FCM_UNROLL
-        for (int kg = 0; kg < kFirstGroups; ++kg) {
-          Vec v;
+        for (int side = 0; side < 2; ++side) {
           if constexpr (stages_input(S))
-            v = staged.load(q.n - at.image0, q.y - at.halo_y(), q.x - at.halo_x(), kg);
+            v[side] = staged.load(h[side].image, h[side].y, h[side].x, kg);
+          else if constexpr (S.depthwise && In::kWholePixels)
+            v[side] = In::template load_pixel<kFirstDepth>(In::halo_pixel(p, at, h[side]), kg);
           else
-            v = In::template load_group<S.first, kFirstDepth>(p, S.first_window, q.n, q.y, q.x, kg, q.valid);
-          if constexpr (kFirstRegisters)
-            first_input[i][kg][side] = v;
-          else
-            *(Vec*)(shared + first_offset(i, kg, side)) = v;
+            v[side] = In::template load_group<S.first, kFirstDepth>(p, S.first_window, q[side].n, q[side].y, q[side].x,
+                                                                    kg, q[side].valid);
         }
-        if constexpr (normalises(S) && kFirst) {
-          if constexpr (kFirstRegisters)
-            Normalise<C>::run([&](int kg) -> Vec& { return first_input[i][kg][side]; });
-          else
-            Normalise<C>::run([&](int kg) -> Vec& { return *(Vec*)(shared + first_offset(i, kg, side)); });
+        const typename L::Operand a = L::operands(v[0], v[1]);
+        FCM_UNROLL
+        for (int s = 0; s < 2; ++s) {
+          if constexpr (kFirstRegisters) {
+            FCM_UNROLL
+            for (int r = 0; r < 4; ++r) first_input[i][kg].step[s].r[r] = pinned(a.step[s].r[r], zero());
+          } else {
+            *(Vec*)(shared + first_offset(i, kg, s)) = a.step[s];
+          }
         }
+      }
+      if constexpr (normalises(S) && kFirst) {
+        Normalise<C>::template run<2>(
+            [&](int kg) { return first_operand(i, kg); },
+            [&](int kg, const Vec(&v)[2]) {
+              const typename L::Operand a = L::operands(v[0], v[1]);
+              if constexpr (kFirstRegisters)
+                first_input[i][kg] = a;
+              else
+                *(Vec*)(shared + first_offset(i, kg, 0)) = a.step[0],
+                                                     *(Vec*)(shared + first_offset(i, kg, 1)) = a.step[1];
+            });
       }
     }
   }
+  // The i-th tile of this warp, and which groups of it.
+  static constexpr int kFirstShares = kFirst ? first_shares(S) : 1,
+                       kSharers = kFirstShares > 1 ? first_rows(S) / 16 : warps(S);
+  FCM_DEVICE static int first_tile(int i) { return L::warp() % kSharers + i * kSharers; }
+  FCM_DEVICE static int first_share() { return kFirstShares > 1 ? L::warp() / kSharers : 0; }
+  // Zero, which the compiler cannot know.
+  FCM_DEVICE u32 zero() const { return (u32)(p.batch >> 31); }
   // Written and read by the same lane.
-  FCM_DEVICE static int first_offset(int i, int kg, int side) {
-    return kInputAt + (((L::warp() * kFirstTiles + i) * kFirstGroups + kg) * 2 + side) * kFragment + L::lane() * 16;
+  FCM_DEVICE static int first_offset(int i, int kg, int step) {
+    return kInputAt + (((L::warp() * kFirstTiles + i) * kFirstGroups + kg) * 2 + step) * kFragment + L::lane() * 16;
   }
-  FCM_DEVICE Vec first_fragment(int i, int kg, int side) const {
-    if constexpr (kFirstRegisters) return first_input[i][kg][side];
-    return *(const Vec*)(shared + first_offset(i, kg, side));
+  FCM_DEVICE typename L::Operand first_operand(int i, int kg) const {
+    if constexpr (kFirstRegisters) return first_input[i][kg];
+    return {{*(const Vec*)(shared + first_offset(i, kg, 0)), *(const Vec*)(shared + first_offset(i, kg, 1))}};
   }
 
-  // A group's bias, and its weights where they are few and many tiles need them, in registers.
+  // A group's bias, as products start at it, and its weights where they are few and many tiles need them, in registers.
   static constexpr bool kKeepsWeights = kFirstGroups == 1 && S.depthwise && kFirstTiles > 2;
   struct FirstGroup {
-    float bias[L::kLane];
+    float bias[kBlocks8][4];
     Vec weights[kKeepsWeights ? kBlocks8 : 1];
   };
-  FCM_DEVICE static FirstGroup first_group(const char* buffer, int gi) {
+  FCM_DEVICE FirstGroup first_group(const char* buffer, int gi) const {
     FirstGroup kept;
     const float* bias =
         (const float*)(buffer + kChunkGroups * first_group_bytes(S)) + gi * kGroup + L::column() * L::kLane;
+    L::start(kept.bias, bias);
     FCM_UNROLL
-    for (int i = 0; i < L::kLane; ++i) kept.bias[i] = bias[i];
+    for (int j = 0; j < kBlocks8; ++j) {
+      FCM_UNROLL
+      for (int i = 0; i < 4; ++i) kept.bias[j][i] = bits_float(pinned(float_bits(kept.bias[j][i]), zero()));
+    }
     if constexpr (kKeepsWeights) {
       FCM_UNROLL
       for (int j = 0; j < kBlocks8; ++j)
@@ -360,29 +416,32 @@ struct Module {
   FCM_DEVICE void first_products(float (&c)[COUNT][kBlocks8][4], int i, const char* buffer, int gi,
                                  const FirstGroup& kept) const {
     FCM_UNROLL
-    for (int m = 0; m < COUNT; ++m) L::start(c[m], kept.bias);
+    for (int m = 0; m < COUNT; ++m) {
+      FCM_UNROLL
+      for (int j = 0; j < kBlocks8; ++j) {
+        FCM_UNROLL
+        for (int r = 0; r < 4; ++r) c[m][j][r] = kept.bias[j][r];
+      }
+    }
     FCM_UNROLL
     for (int kg = 0; kg < kFirstGroups; ++kg) {
-      Vec a[COUNT][2];
+      typename L::Operand a[COUNT];
       FCM_UNROLL
-      for (int m = 0; m < COUNT; ++m) {
-        FCM_UNROLL
-        for (int side = 0; side < 2; ++side) a[m][side] = first_fragment(i + m, kg, side);
-      }
+      for (int m = 0; m < COUNT; ++m) a[m] = first_operand(i + m, kg);
       FCM_UNROLL
       for (int j = 0; j < kBlocks8; ++j) {
         const char* product = buffer + ((gi * kBlocks8 + j) * kFirstSteps + kg * 2) * 256;
         if constexpr (kKeepsWeights) {
           FCM_UNROLL
-          for (int m = 0; m < COUNT; ++m) L::template multiply<kFirstSteps>(c[m][j], a[m][0], a[m][1], kept.weights[j]);
+          for (int m = 0; m < COUNT; ++m) L::template multiply<kFirstSteps>(c[m][j], a[m], kept.weights[j]);
         } else if (kFirstSteps % 2 && kg == kFirstSteps / 2) {
           const Vec b = L::template weights<1>(product);
           FCM_UNROLL
-          for (int m = 0; m < COUNT; ++m) L::template multiply<1>(c[m][j], a[m][0], a[m][1], b);
+          for (int m = 0; m < COUNT; ++m) L::template multiply<1>(c[m][j], a[m], b);
         } else {
           const Vec b = L::template weights<2>(product);
           FCM_UNROLL
-          for (int m = 0; m < COUNT; ++m) L::template multiply<2>(c[m][j], a[m][0], a[m][1], b);
+          for (int m = 0; m < COUNT; ++m) L::template multiply<2>(c[m][j], a[m], b);
         }
       }
     }
@@ -397,13 +456,14 @@ struct Module {
     const char* buffer = first_buffer(step);
     char* halo = halo_buffer(step);
     const int g = groups(chunk(step)), tiles = ceil_div(place.halo_pixels(), 16);
-    for (int gi = 0; gi < g; ++gi) {
+    if (first_share() >= kFirstShares) return;
+    for (int gi = first_share(); gi < g; gi += kFirstShares) {
       const FirstGroup kept = first_group(buffer, gi);
       FCM_UNROLL
       for (int i = 0; i < kFirstTiles; i += 2) {
         constexpr int kPair = kFirstTiles > 1 ? 2 : 1;
-        if (L::warp() + i * warps(S) >= tiles) break;
-        if (kPair == 2 && i + 1 < kFirstTiles && L::warp() + (i + 1) * warps(S) < tiles)
+        if (first_tile(i) >= tiles) break;
+        if (kPair == 2 && i + 1 < kFirstTiles && first_tile(i + 1) < tiles)
           first_tiles_to_halo<kPair>(i, buffer, halo, gi, kept);
         else
           first_tiles_to_halo<1>(i, buffer, halo, gi, kept);
@@ -449,18 +509,11 @@ struct Module {
           char* to = first_place(kg, row, column);
           if constexpr (vector_input(S)) {
             const bool valid = q.valid && k < S.c_in;
-            copy_async(to, valid ? In::address(p, S.first_window, q.n, q.y, q.x, k) : (const char*)p.x, valid);
+            const char* from = In::halo_pixel(p, at, {q.n - at.image0, q.y - at.halo_y(), q.x - at.halo_x()});
+            copy_async(to, valid ? from + k * L::kElement : (const char*)p.x, valid);
           } else {
             *(Vec*)to = In::template load<S.first, L::kLane>(p, S.first_window, q.n, q.y, q.x, k, q.valid);
           }
-        }
-      }
-      FCM_UNROLL
-      for (int i = 0; i < kFirstTiles; ++i) {
-        FCM_UNROLL
-        for (int side = 0; side < 2; ++side) {
-          const Pixel q = at.halo_pixel(first_row(i) + L::warp() % 4 * 16 + side * 8 + L::row());
-          halo_offsets[i][side] = at.halo_offset(q) + L::column() * 16;
         }
       }
     }
@@ -480,7 +533,10 @@ struct Module {
         for (int kg = 0; kg < kFirstGroups; ++kg)
           *(Vec*)flat_input(kg, i) = In::template load<S.first, L::kLane>(
               p, S.first_window, q.n, q.y, q.x, kg * kGroup + L::column() * L::kLane, q.valid);
-        if constexpr (normalises(S)) Normalise<C>::run([&](int kg) -> Vec& { return *(Vec*)flat_input(kg, i); });
+        if constexpr (normalises(S)) {
+          Normalise<C>::template run<1>([&](int kg) { return L::operands(*(const Vec*)flat_input(kg, i), Vec{}); },
+                                        [&](int kg, const Vec(&v)[1]) { *(Vec*)flat_input(kg, i) = v[0]; });
+        }
       }
     }
   }
@@ -683,12 +739,9 @@ struct Module {
   }
 
   FCM_DEVICE void project(const Vec (&d)[P][2], int step, int gi) {
-    Vec a[P][2];
+    typename L::Operand a[P];
     FCM_UNROLL
-    for (int py = 0; py < P; ++py) {
-      FCM_UNROLL
-      for (int side = 0; side < 2; ++side) a[py][side] = L::operand(d[py][side]);
-    }
+    for (int py = 0; py < P; ++py) a[py] = L::operands(L::operand(d[py][0]), L::operand(d[py][1]));
     add_moments(a);
     const char* buffer = project_buffer(step) + gi * (block_n(S) / 8) * kFragment;
     constexpr int kBlocks = block_n(S) / 8;
@@ -705,22 +758,25 @@ struct Module {
         if ((!kExact || kApart) && block8 >= kBlocks) continue;
         const Vec b = L::template weights<2>(buffer + block8 * kFragment);
         FCM_UNROLL
-        for (int py = 0; py < P; ++py) L::template multiply<2>(sums[py][ng][j], a[py][0], a[py][1], b);
+        for (int py = 0; py < P; ++py) L::template multiply<2>(sums[py][ng][j], a[py], b);
       }
     }
   }
 
-  FCM_DEVICE void add_moments(const Vec (&a)[P][2]) {
+  FCM_DEVICE void add_moments(const typename L::Operand (&a)[P]) {
     if constexpr (kMomentsTaken) {
       FCM_UNROLL
-      for (int py = 0; py < P; ++py) moments[py].add(a[py][0], a[py][1]);
+      for (int py = 0; py < P; ++py) moments[py].add(a[py]);
     }
   }
   // The same of what warpgroups multiply meanwhile.
   FCM_DEVICE void add_exchanged_moments(int step) {
     for (int gi = 0; gi < kChunkGroups; ++gi) {
-      Vec a[P][2];
-      exchanged(a, step, gi);
+      Vec d[P][2];
+      exchanged(d, step, gi);
+      typename L::Operand a[P];
+      FCM_UNROLL
+      for (int py = 0; py < P; ++py) a[py] = L::operands(d[py][0], d[py][1]);
       add_moments(a);
     }
   }
@@ -736,7 +792,7 @@ struct Module {
         for (int py = 0; py < P; ++py) {
           FCM_UNROLL
           for (int side = 0; side < 2; ++side)
-            Out::store_vector(p, place.output_pixel(p, L::warp_m(), py, side),
+            Out::store_vector(p, Out::find(p, place, L::warp_m(), py, side),
                               (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane, d[py][side]);
         }
         if constexpr (S.pool)
@@ -778,12 +834,34 @@ struct Module {
 
   // ---- The end
 
-  FCM_DEVICE void store_sums(int warp_m, int warp_n, int py, int ng, const float (&c)[kBlocks8][4]) const {
-    const int in_block = ((S.tile.warps_n > 1 ? warp_n * kWarpGroupsN : 0) + ng) * kGroup;
-    if (in_block >= block_n(S)) return;
-    const Pixel q[2] = {place.output_pixel(p, warp_m, py, 0), place.output_pixel(p, warp_m, py, 1)};
-    Out::store_group(p, q, (blocks_n(S) > 1 ? block_y() * block_n(S) : 0) + in_block, c,
-                     [&](const auto& x, int channel) { Pool<C>::store(p, place, warp_m, py, q, x, channel); });
+  // COUNT groups of products in row `py` of a warp's pixels, from group `ng` on: where they go (channels from `channel`
+  // to `end`, where the block's may end before the warp's), and the residual there.
+  template <int COUNT>
+  struct Stored {
+    typename Out::Place pixels[2];
+    int warp_m, py, channel, end;
+    typename Out::template Residuals<COUNT> residuals;
+  };
+  template <int COUNT>
+  FCM_DEVICE Stored<COUNT> find_stored(int warp, int py, int ng) const {
+    const int warp_m = warp % S.tile.warps_m, warp_n = S.tile.warps_n > 1 ? warp / S.tile.warps_m : 0;
+    const int start = blocks_n(S) > 1 ? block_y() * block_n(S) : 0;
+    Stored<COUNT> to{{Out::find(p, place, warp_m, py, 0), Out::find(p, place, warp_m, py, 1)},
+                     warp_m,
+                     py,
+                     start + (warp_n * kWarpGroupsN + ng) * kGroup,
+                     min(start + block_n(S), padded_out(S)),
+                     {}};
+    to.residuals = Out::template load_residuals<COUNT>(p, to.pixels, to.channel);
+    return to;
+  }
+  template <int COUNT>
+  FCM_DEVICE void store_sums(const Stored<COUNT>& to, const float (&c)[COUNT][kBlocks8][4]) const {
+    const auto pool = [&](const auto& x, int channel) {
+      const Pixel q[2] = {place.output_pixel(p, to.warp_m, to.py, 0), place.output_pixel(p, to.warp_m, to.py, 1)};
+      Pool<C>::store(p, place, to.warp_m, to.py, q, x, channel);
+    };
+    Out::template store_groups<COUNT>(p, to.pixels, to.channel, to.end, c, to.residuals, pool);
   }
   FCM_DEVICE void store_all() {
     FCM_UNROLL
@@ -793,64 +871,85 @@ struct Module {
         FCM_UNROLL
         for (int ng = 0; ng < kWarpGroupsN; ++ng) Moments<C>::scale(sums[py][ng], total);
       }
-      FCM_UNROLL
-      for (int ng = 0; ng < kWarpGroupsN; ++ng) store_sums(L::warp_m(), L::warp_n(), py, ng, sums[py][ng]);
+      store_row<0>(py);
     }
   }
-  // Adds the sums of the cluster's blocks, each of which stores its share.
-  FCM_DEVICE void reduce_and_store() const {
-    block_sync();
+  template <int NG>
+  FCM_DEVICE void store_row(int py) const {
+    constexpr int kCount = S.residual ? min(kWarpGroupsN - NG, 4) : kWarpGroupsN;  // residuals in registers at once
+    store_sums<kCount>(find_stored<kCount>(L::warp(), py, NG), *(const float (*)[kCount][kBlocks8][4])sums[py][NG]);
+    if constexpr (NG + kCount < kWarpGroupsN) store_row<NG + kCount>(py);
+  }
+  // Adds the sums of the cluster's blocks. A unit, a group's products of 16 pixels, goes to the block that stores it.
+  FCM_DEVICE void reduce_and_store(bool more) const {
+    constexpr int kUnits = warps(S) * P * kWarpGroupsN, kOwn = ceil_div(reduction_units(S), warps(S));
+    const auto own = [](int i) { return block_z() + S.tile.split * (L::warp() + i * warps(S)); };
+    const auto stored = [this](int u) {
+      u = min(u, kUnits - 1);
+      return find_stored<1>(u / (P * kWarpGroupsN), u / kWarpGroupsN % P, u % kWarpGroupsN);
+    };
+    if constexpr (!kResident) cluster_arrive();  // else what is written now was free before
+    Stored<1> to[kOwn];
+    FCM_UNROLL
+    for (int i = 0; i < kOwn; ++i) to[i] = stored(own(i));
+    cluster_wait();
     FCM_UNROLL
     for (int py = 0; py < P; ++py) {
       FCM_UNROLL
       for (int ng = 0; ng < kWarpGroupsN; ++ng) {
+        const int u = (L::warp() * P + py) * kWarpGroupsN + ng;
         FCM_UNROLL
         for (int j = 0; j < kBlocks8; ++j) {
           const float (&c)[4] = sums[py][ng][j];
-          *(Vec*)(shared + reduction_offset((L::warp() * P + py) * kWarpGroupsN + ng, j)) =
-              Vec{{float_bits(c[0]), float_bits(c[1]), float_bits(c[2]), float_bits(c[3])}};
+          cluster_store(reduction(u / S.tile.split, block_z(), j), u % S.tile.split,
+                        Vec{{float_bits(c[0]), float_bits(c[1]), float_bits(c[2]), float_bits(c[3])}});
         }
       }
       if constexpr (kMomentsTaken) {
-        const Vec own = moments[py].gather();
-        if (L::warp_n() == 0 && L::column() == 0) *(Vec*)(shared + moments_offset(L::warp_m(), py)) = own;
+        const Vec sum = moments[py].gather();
+        if (L::warp_n() == 0 && L::column() == 0)
+          for (int rank = 0; rank < S.tile.split; ++rank)
+            cluster_store(reduced_moments(block_z(), L::warp_m(), py), rank, sum);
       }
     }
     cluster_sync();
-    constexpr int kUnits = warps(S) * P * kWarpGroupsN;
-    for (int u = block_z() + S.tile.split * L::warp(); u < kUnits; u += S.tile.split * warps(S)) {
-      float c[kBlocks8][4];
+    FCM_UNROLL
+    for (int i = 0; i < kOwn; ++i) {
+      if (own(i) >= kUnits) break;
+      float c[1][kBlocks8][4] = {};
       FCM_UNROLL
-      for (int j = 0; j < kBlocks8; ++j) {
+      for (int rank = 0; rank < S.tile.split; ++rank) {
         FCM_UNROLL
-        for (int i = 0; i < 4; ++i) c[j][i] = 0;
-        FCM_UNROLL
-        for (int rank = 0; rank < S.tile.split; ++rank) {
-          const Vec v = cluster_load(shared + reduction_offset(u, j), rank);
+        for (int j = 0; j < kBlocks8; ++j) {
+          const Vec v = *(const Vec*)reduction(L::warp() + i * warps(S), rank, j);
           FCM_UNROLL
-          for (int i = 0; i < 4; ++i) c[j][i] += bits_float(v.r[i]);
+          for (int k = 0; k < 4; ++k) c[0][j][k] += bits_float(v.r[k]);
         }
       }
-      const int warp = u / (P * kWarpGroupsN), warp_m = warp % S.tile.warps_m, py = u / kWarpGroupsN % P;
       if constexpr (kMomentsTaken) {
+        const int u = min(own(i), kUnits - 1);
         Vec total{};
         FCM_UNROLL
         for (int rank = 0; rank < S.tile.split; ++rank) {
-          const Vec part = cluster_load(shared + moments_offset(warp_m, py), rank);
+          const Vec part =
+              *(const Vec*)reduced_moments(rank, u / (P * kWarpGroupsN) % S.tile.warps_m, u / kWarpGroupsN % P);
           FCM_UNROLL
-          for (int i = 0; i < 4; ++i) total.r[i] = float_bits(bits_float(total.r[i]) + bits_float(part.r[i]));
+          for (int k = 0; k < 4; ++k) total.r[k] = float_bits(bits_float(total.r[k]) + bits_float(part.r[k]));
         }
-        Moments<C>::scale(c, total);
+        Moments<C>::scale(c[0], total);
       }
-      store_sums(warp_m, warp / S.tile.warps_m, py, u % kWarpGroupsN, c);
+      store_sums<1>(to[i], c);
     }
-    cluster_sync();
+    if (kResident && more) cluster_arrive();
   }
-  FCM_DEVICE static int reduction_offset(int unit, int j) {
-    return reduction_at(S) + (unit * kBlocks8 + j) * kFragment + L::lane() * 16;
+  // Where this lane's share of block `rank`'s products lies, of the `unit`-th that a block stores.
+  FCM_DEVICE char* reduction(int unit, int rank, int j) const {
+    return shared + reduction_at(S) + ((unit * S.tile.split + rank) * kBlocks8 + j) * kFragment + L::lane() * 16;
   }
-  FCM_DEVICE static int moments_offset(int warp_m, int py) {
-    return reduction_at(S) + sums_bytes(S) + (warp_m * P + py) * kMoments + L::row() * 16;
+  // Block `rank`'s sums of X's channels, of a warp's pixels in row py.
+  FCM_DEVICE char* reduced_moments(int rank, int warp_m, int py) const {
+    return shared + reduction_at(S) + sums_bytes(S) + rank * moments_bytes(S) + (warp_m * P + py) * kMoments +
+           L::row() * 16;
   }
 
   // Fetches the input of a tile whose first step takes the buffers of `step` of this one.
@@ -858,6 +957,7 @@ struct Module {
     if constexpr (stages_input(S)) {
       In::Staged::copy(p, shared + kStagedAt, at.image0, at.images, at.halo_y(), at.halo_x());
     } else if constexpr (kFirst) {
+      if (!at.same_clip(place)) find_halo(at);
       load_first_input(at);
     } else if constexpr (S.mean) {
       average(at);
@@ -924,7 +1024,7 @@ struct Module {
         if (step >= kLag) project_exchanged(step - kLag);
     }
     if constexpr (S.tile.split > 1)
-      reduce_and_store();
+      reduce_and_store(more);
     else if constexpr (kProject)
       store_all();
   }
@@ -932,6 +1032,7 @@ struct Module {
   FCM_DEVICE void run() {
     // Weights do not depend on the kernels before this one; inputs do.
     let_next_kernel_start();
+    if constexpr (S.tile.split > 1 && kResident) cluster_arrive();  // for the first reduction
     if constexpr (kBulkCopies) {
       if (thread_index() == 0)
         for (int i = 0; i < kStages; ++i) bulk_init(arrivals(i));
@@ -945,6 +1046,7 @@ struct Module {
       copy_weights(0);
     }
     if (kAhead > 0 && place.crosses_border()) clear_halo();
+    find_halo(place);
     wait_for_earlier_kernels();
     fetch_input(place, 0);
     copy_async_commit();
@@ -980,10 +1082,12 @@ struct Module {
         }
       }
       if constexpr (S.mean) block_sync();  // this tile's means are still read
-      if constexpr (stages_input(S))
+      if constexpr (stages_input(S)) {
+        if (!next.same_clip(place)) find_halo(next);
         load_first_input(next);
-      else if constexpr (!kFetchesAhead)
+      } else if constexpr (!kFetchesAhead) {
         fetch_input(next, 0);
+      }
       place = next;
     }
   }

@@ -14,16 +14,20 @@ FCM_DEVICE float add_columns(float x) {
   return x + shuffle_xor(x, 2);
 }
 
-// Normalises one pixel of `first`'s input.
+// Normalises pixels of `first`'s input.
 template <class C>
 struct Normalise {
   using L = Lanes<C>;
+  using Operand = typename L::Operand;
   static constexpr Spec S = C::spec;
   static constexpr int kSteps = first_steps(S), kGroups = ceil_div(kSteps, 2);
 
-  FCM_DEVICE static float value(const Vec& v, int i) {
-    if constexpr (L::kHalf) return i % 2 ? half2_high(v.r[i / 2]) : half2_low(v.r[i / 2]);
-    return bits_float(v.r[i % 4]);
+  // This lane's i-th channel of a group, of pixel g (side 0) or g + 8.
+  FCM_DEVICE static float value(const Operand& a, int side, int i) {
+    const int word = L::kHalf ? i / 2 : i;
+    const u32 r = a.step[word / 2].r[word % 2 * 2 + side];
+    if constexpr (L::kHalf) return i % 2 ? half2_high(r) : half2_low(r);
+    return bits_float(r);
   }
   // Whether this lane's i-th channel of group kg is one of X's.
   FCM_DEVICE static bool exists(int kg, int i) {
@@ -31,41 +35,49 @@ struct Normalise {
     return i < share && kg * L::kGroup + L::column() * share + i < S.c_in;
   }
 
-  // at(kg): a reference to this lane's share of group kg.
-  template <class At>
-  FCM_DEVICE static void run(At at) {
-    float sum = 0, squares = 0;
+  // get(kg), an operand, and set(kg, vectors): group kg of PIXELS pixels, one or two.
+  template <int PIXELS, class Get, class Set>
+  FCM_DEVICE static void run(Get get, Set set) {
+    float mean[PIXELS] = {}, scale[PIXELS] = {};
     FCM_UNROLL
     for (int kg = 0; kg < kGroups; ++kg) {
-      const Vec v = at(kg);
+      const Operand a = get(kg);
       FCM_UNROLL
-      for (int i = 0; i < L::kLane; ++i) sum += value(v, i);
+      for (int i = 0; i < PIXELS * L::kLane; ++i) mean[i % PIXELS] += value(a, i % PIXELS, i / PIXELS);
     }
-    const float mean = add_columns(sum) * (1.f / S.c_in);
+    FCM_UNROLL
+    for (int n = 0; n < PIXELS; ++n) mean[n] = add_columns(mean[n]) * (1.f / S.c_in);
     FCM_UNROLL
     for (int kg = 0; kg < kGroups; ++kg) {
-      const Vec v = at(kg);
+      const Operand a = get(kg);
       FCM_UNROLL
-      for (int i = 0; i < L::kLane; ++i) {
-        const float x = exists(kg, i) ? value(v, i) - mean : 0.f;
-        squares += x * x;
+      for (int i = 0; i < PIXELS * L::kLane; ++i) {
+        const float x = exists(kg, i / PIXELS) ? value(a, i % PIXELS, i / PIXELS) - mean[i % PIXELS] : 0.f;
+        scale[i % PIXELS] += x * x;
       }
     }
-    const float scale = reciprocal_root(add_columns(squares) * (1.f / S.c_in) + S.norm_epsilon);
+    FCM_UNROLL
+    for (int n = 0; n < PIXELS; ++n)
+      scale[n] = reciprocal_root(add_columns(scale[n]) * (1.f / S.c_in) + S.norm_epsilon);
     FCM_UNROLL
     for (int kg = 0; kg < kGroups; ++kg) {
-      Vec v = at(kg);
-      float x[L::kLane];
+      const Operand a = get(kg);
+      Vec v[PIXELS];
       FCM_UNROLL
-      for (int i = 0; i < L::kLane; ++i) x[i] = exists(kg, i) ? (value(v, i) - mean) * scale : 0.f;
-      FCM_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (L::kHalf)
-          v.r[i] = half2_pack(x[2 * i], x[2 * i + 1]);
-        else
-          v.r[i] = float_bits(x[i]);
+      for (int n = 0; n < PIXELS; ++n) {
+        float x[L::kLane];
+        FCM_UNROLL
+        for (int i = 0; i < L::kLane; ++i) x[i] = exists(kg, i) ? (value(a, n, i) - mean[n]) * scale[n] : 0.f;
+        FCM_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          if constexpr (L::kHalf)
+            v[n].r[i] = half2_pack(x[2 * i], x[2 * i + 1]);
+          else
+            v[n].r[i] = float_bits(x[i]);
+        }
+        v[n] = L::operand(v[n]);
       }
-      at(kg) = L::operand(v);
+      set(kg, v);
     }
   }
 };
@@ -79,12 +91,17 @@ struct Moments {
   float sums[4] = {}, squares[4] = {};  // products with ones; with the pixels themselves, of which the diagonal counts
 
   // A group of channels of pixels g and g + 8.
-  FCM_DEVICE void add(const Vec& a0, const Vec& a1) {
+  FCM_DEVICE void add(const typename L::Operand& a) {
     constexpr u32 kOne = L::kHalf ? 0x3c003c00 : 0x3f800000;
-    const Vec none{};
-    L::template multiply<2>(sums, a0, a1, Vec{{kOne, kOne, kOne, kOne}});
-    L::template multiply<2>(squares, a0, none, a0);
-    L::template multiply<2>(squares, none, a1, a1);
+    L::template multiply<2>(sums, a, Vec{{kOne, kOne, kOne, kOne}});
+    FCM_UNROLL
+    for (int side = 0; side < 2; ++side) {
+      Vec own, v[2] = {};
+      FCM_UNROLL
+      for (int i = 0; i < 4; ++i) own.r[i] = a.step[i / 2].r[i % 2 * 2 + side];
+      v[side] = own;
+      L::template multiply<2>(squares, L::operands(v[0], v[1]), own);
+    }
   }
 
   // {sum, sum of squares} of pixel g, then of pixel g + 8.

@@ -10,44 +10,61 @@ struct Output {
   using L = Lanes<C>;
   static constexpr Spec S = C::spec;
 
-  FCM_DEVICE static long long index(const Params& p, const Pixel& q, int c) {
-    if constexpr (S.output_nchw) return (((long long)q.n * S.c_out + c) * p.out_h + q.y) * p.out_w + q.x;
-    return (((long long)q.n * p.out_h + q.y) * p.out_w + q.x) * S.c_out + c;
+  using T = TilePlace<C>;
+
+  // Where a pixel of Y starts: the element of its first channel.
+  struct Place {
+    long long at;
+    bool valid;
+  };
+  FCM_DEVICE static Place find(const Params& p, const T& tile, int warp_m, int py, int side) {
+    if constexpr (!S.depthwise && !S.output_nchw) {
+      return {tile.flat_pixel(warp_m, py, side) * S.c_out, tile.flat_exists(p, warp_m, py, side)};
+    } else {
+      const Pixel q = tile.output_pixel(p, warp_m, py, side);
+      const long long row = S.output_nchw ? (long long)q.n * S.c_out * p.out_h : (long long)q.n * p.out_h;
+      return {((row + q.y) * p.out_w + q.x) * (S.output_nchw ? 1 : S.c_out), q.valid};
+    }
   }
   FCM_DEVICE static float residual(const Params& p, long long i) {
     if constexpr (L::kHalf) return half_float(((const unsigned short*)p.residual)[i]);
     return ((const float*)p.residual)[i];
   }
 
-  // Stores `COUNT` channels of pixel `q` from channel c on; `x` is what the last stage's activation gave.
+  // Whether a lane's `count` channels are one vector in Y.
+  static constexpr bool vectors(int count) { return !S.output_nchw && S.c_out % count == 0; }
+
+  // This lane's residual of a pixel, from channel c on, where Y is stored in vectors. Without a branch, and by itself,
+  // so that several can be asked for before the first is waited for: no load may pass a store.
   template <int COUNT>
-  FCM_DEVICE static void store(const Params& p, const Pixel& q, int c, float (&x)[COUNT]) {
-    if (!q.valid || c >= S.c_out) return;
-    constexpr bool kVector = !S.output_nchw && S.c_out % COUNT == 0;
-    constexpr int kWords = COUNT * L::kElement / 4;
-    const long long at = index(p, q, c);
-    const long long step = S.output_nchw ? (long long)p.out_h * p.out_w : 1;
-    if constexpr (S.residual) {
-      if constexpr (kVector) {
-        u32 r[kWords];
-        load_words<kWords>(r, (const char*)p.residual + at * L::kElement);
-        FCM_UNROLL
-        for (int i = 0; i < COUNT; ++i) {
-          if constexpr (L::kHalf)
-            x[i] += i % 2 ? half2_high(r[i / 2]) : half2_low(r[i / 2]);
-          else
-            x[i] += bits_float(r[i]);
-        }
-      } else {
-        FCM_UNROLL
-        for (int i = 0; i < COUNT; ++i)
-          if (c + i < S.c_out) x[i] += residual(p, at + i * step);
-      }
-      FCM_UNROLL
-      for (int i = 0; i < COUNT; ++i) x[i] = activate<L::kHalf>(S.output_act, x[i], 0.f);
+  FCM_DEVICE static void load_residual(const Params& p, const Place& q, int c, u32 (&r)[COUNT * L::kElement / 4]) {
+    if constexpr (S.residual && vectors(COUNT)) {
+      const long long at = q.valid && c < S.c_out ? q.at + c : 0;
+      load_words(r, (const char*)p.residual + at * L::kElement);
     }
-    if constexpr (kVector) {
-      u32 r[kWords];
+  }
+
+  // Stores `COUNT` channels of pixel `q` from channel c on; `x` is what the last stage's activation gave, `r` what
+  // load_residual gave.
+  template <int COUNT>
+  FCM_DEVICE static void store(const Params& p, const Place& q, int c, float (&x)[COUNT],
+                               u32 (&r)[COUNT * L::kElement / 4]) {
+    constexpr int kWords = COUNT * L::kElement / 4;
+    const bool valid = q.valid && c < S.c_out;
+    const long long step = S.output_nchw ? (long long)p.out_h * p.out_w : 1, at = q.at + c * step;
+    if constexpr (S.residual) {
+      FCM_UNROLL
+      for (int i = 0; i < COUNT; ++i) {
+        if constexpr (!vectors(COUNT))
+          x[i] += valid && c + i < S.c_out ? residual(p, at + i * step) : 0.f;
+        else if constexpr (L::kHalf)
+          x[i] += i % 2 ? half2_high(r[i / 2]) : half2_low(r[i / 2]);
+        else
+          x[i] += bits_float(r[i]);
+        x[i] = activate<L::kHalf>(S.output_act, x[i], 0.f);
+      }
+    }
+    if constexpr (vectors(COUNT)) {
       FCM_UNROLL
       for (int i = 0; i < kWords; ++i) {
         if constexpr (L::kHalf)
@@ -55,11 +72,11 @@ struct Output {
         else
           r[i] = float_bits(x[i]);
       }
-      store_words<kWords>((char*)p.y + at * L::kElement, r);
+      if (valid) store_words(r, (char*)p.y + at * L::kElement);
     } else {
       FCM_UNROLL
       for (int i = 0; i < COUNT; ++i) {
-        if (c + i >= S.c_out) continue;
+        if (!valid || c + i >= S.c_out) continue;
         if constexpr (L::kHalf)
           ((unsigned short*)p.y)[at + i * step] = (unsigned short)(half2_pack(x[i], 0.f) & 0xffff);
         else
@@ -74,72 +91,89 @@ struct Output {
     FCM_UNROLL
     for (int i = 0; i < COUNT; i += kWords) {
       u32 r[kWords];
-      load_words<kWords>(r, (const char*)(from + i));
+      load_constants(r, from + i);
       FCM_UNROLL
       for (int j = 0; j < kWords; ++j) v[i + j] = bits_float(r[j]);
     }
   }
-  template <int WORDS>
-  FCM_DEVICE static void load_words(u32 (&r)[WORDS], const char* from) {
-    if constexpr (WORDS == 4) {
-      const Vec v = *(const Vec*)from;
-      FCM_UNROLL
-      for (int i = 0; i < 4; ++i) r[i] = v.r[i];
-    } else {
-      static_assert(WORDS == 2, "a lane has 16 or 8 bytes of a pixel");
-      const HalfVec v = *(const HalfVec*)from;
-      r[0] = v.r[0], r[1] = v.r[1];
-    }
+  FCM_DEVICE static void load_words(u32 (&r)[4], const char* from) {
+    const Vec v = *(const Vec*)from;
+    FCM_UNROLL
+    for (int i = 0; i < 4; ++i) r[i] = v.r[i];
   }
-  template <int WORDS>
-  FCM_DEVICE static void store_words(char* to, const u32 (&r)[WORDS]) {
-    if constexpr (WORDS == 4)
-      *(Vec*)to = Vec{{r[0], r[1], r[2], r[3]}};
-    else
-      *(HalfVec*)to = HalfVec{{r[0], r[1]}};
+  FCM_DEVICE static void load_words(u32 (&r)[2], const char* from) {
+    const HalfVec v = *(const HalfVec*)from;
+    r[0] = v.r[0], r[1] = v.r[1];
   }
+  FCM_DEVICE static void store_words(const u32 (&r)[4], char* to) { *(Vec*)to = Vec{{r[0], r[1], r[2], r[3]}}; }
+  FCM_DEVICE static void store_words(const u32 (&r)[2], char* to) { *(HalfVec*)to = HalfVec{{r[0], r[1]}}; }
 
   // A group of a depthwise that ends the module.
-  FCM_DEVICE static void store_vector(const Params& p, const Pixel& q, int c, const Vec& v) {
+  FCM_DEVICE static void store_vector(const Params& p, const Place& q, int c, const Vec& v) {
     float x[L::kLane];
     L::unpack(x, v);
-    store<L::kLane>(p, q, c, x);
+    u32 r[4];
+    load_residual<L::kLane>(p, q, c, r);
+    store<L::kLane>(p, q, c, x, r);
   }
 
-  // A group of products: `base` is the group's first channel, `side` the pixel. TAIL: half a group. x: this lane's
-  // channels, from `first` on.
-  template <bool TAIL>
-  static constexpr int kCount = TAIL ? L::kLane / 2 : L::kLane;
-  template <bool TAIL>
-  FCM_DEVICE static void store_products(const Params& p, const Pixel& q, int first, int side,
-                                        const float (&c)[L::kBlocks8][4], float (&x)[kCount<TAIL>]) {
-    constexpr int kCount = Output::kCount<TAIL>;
+  // COUNT groups from channel `base` on, of two pixels. Where the last is half a group, lanes have half of their
+  // channels.
+  template <int COUNT>
+  struct Residuals {
+    u32 whole[COUNT][2][4], half[COUNT][2][2];
+  };
+  template <int COUNT>
+  FCM_DEVICE static Residuals<COUNT> load_residuals(const Params& p, const Place (&q)[2], int base) {
+    Residuals<COUNT> r;
+    FCM_UNROLL
+    for (int g = 0; g < COUNT; ++g) {
+      const int first = base + g * L::kGroup;
+      FCM_UNROLL
+      for (int side = 0; side < 2; ++side) {
+        if (ends_in_half(first))
+          load_residual<L::kLane / 2>(p, q[side], first + L::column() * (L::kLane / 2), r.half[g][side]);
+        else
+          load_residual<L::kLane>(p, q[side], first + L::column() * L::kLane, r.whole[g][side]);
+      }
+    }
+    return r;
+  }
+  // Stores the products of those of these groups that start in front of channel `end`. pool(x, first): is called, if
+  // sums of Y are asked for, with this lane's channels of Y from `first` on, of both pixels.
+  template <int COUNT, class Pool>
+  FCM_DEVICE static void store_groups(const Params& p, const Place (&q)[2], int base, int end,
+                                      const float (&c)[COUNT][L::kBlocks8][4], Residuals<COUNT> r, Pool pool) {
+    FCM_UNROLL
+    for (int g = 0; g < COUNT; ++g) {
+      const int first = base + g * L::kGroup;
+      if (first >= end) continue;
+      if (ends_in_half(first))
+        store_pixels(p, q, first, c[g], r.half[g], pool);
+      else
+        store_pixels(p, q, first, c[g], r.whole[g], pool);
+    }
+  }
+  FCM_DEVICE static bool ends_in_half(int base) {
+    return padded_out(S) % L::kGroup && base + L::kGroup > padded_out(S);
+  }
+  template <int WORDS, class Pool>
+  FCM_DEVICE static void store_pixels(const Params& p, const Place (&q)[2], int base, const float (&c)[L::kBlocks8][4],
+                                      u32 (&r)[2][WORDS], Pool pool) {
+    constexpr int kCount = WORDS * 4 / L::kElement;
     constexpr Act act = S.project_act;
-    float bias[kCount], slope[kCount] = {};
+    const int first = base + L::column() * kCount;
+    float x[2][kCount], bias[kCount], slope[kCount] = {};
     load_vector(bias, p.project_bias + first);
     if constexpr (act.kind == Activation::prelu) load_vector(slope, p.project_slope + first);
     FCM_UNROLL
-    for (int i = 0; i < kCount; ++i) x[i] = activate<L::kHalf>(act, c[i / 2][2 * side + i % 2] + bias[i], slope[i]);
-    store<kCount>(p, q, first, x);
-  }
-  // Of two pixels; then calls pool(x, first) if sums of Y are asked for.
-  template <bool TAIL, class Pool>
-  FCM_DEVICE static void store_pixels(const Params& p, const Pixel (&q)[2], int base, const float (&c)[L::kBlocks8][4],
-                                      Pool pool) {
-    const int first = base + L::column() * kCount<TAIL>;
-    float x[2][kCount<TAIL>];
-    FCM_UNROLL
-    for (int side = 0; side < 2; ++side) store_products<TAIL>(p, q[side], first, side, c, x[side]);
+    for (int side = 0; side < 2; ++side) {
+      FCM_UNROLL
+      for (int i = 0; i < kCount; ++i)
+        x[side][i] = activate<L::kHalf>(act, c[i / 2][2 * side + i % 2] + bias[i], slope[i]);
+      store<kCount>(p, q[side], first, x[side], r[side]);
+    }
     if constexpr (S.pool) pool(x, first);
-  }
-  template <class Pool>
-  FCM_DEVICE static void store_group(const Params& p, const Pixel (&q)[2], int base, const float (&c)[L::kBlocks8][4],
-                                     Pool pool) {
-    if (base >= padded_out(S)) return;
-    if (padded_out(S) % L::kGroup && base + L::kGroup > padded_out(S))
-      store_pixels<true>(p, q, base, c, pool);
-    else
-      store_pixels<false>(p, q, base, c, pool);
   }
 };
 

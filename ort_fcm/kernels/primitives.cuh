@@ -54,8 +54,20 @@ FCM_DEVICE char* shared_memory() {
   return fcm_shared;
 }
 
+// `x`, in a register that is its own: ptxas would copy an operand of several products in front of each of them, since
+// the registers of an operand must be neighbours. `zero` must be, but not be known to be.
+FCM_DEVICE u32 pinned(u32 x, u32 zero) { return x ^ zero; }
+
 FCM_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
 FCM_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
+
+// Of what no kernel ever writes, as weights are: such loads may pass stores.
+FCM_DEVICE void load_constants(u32 (&r)[4], const void* from) {
+  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(from));
+}
+FCM_DEVICE void load_constants(u32 (&r)[2], const void* from) {
+  asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(from));
+}
 
 // `x` of the lane whose number differs in the bits of `mask`; all lanes of the warp must be here.
 FCM_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
@@ -70,16 +82,6 @@ FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) 
                : "memory");
 #else
   *(Vec*)shared = valid ? *(const Vec*)global : Vec{};
-#endif
-}
-// 4 bytes.
-FCM_DEVICE void copy_async4(void* shared, const void* global, bool valid) {
-#if __CUDA_ARCH__ >= 800
-  const u32 address = (u32)__cvta_generic_to_shared(shared);
-  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address), "l"(global), "r"(valid ? 4 : 0)
-               : "memory");
-#else
-  *(u32*)shared = valid ? *(const u32*)global : 0;
 #endif
 }
 FCM_DEVICE void copy_async_commit() {
@@ -138,25 +140,47 @@ FCM_DEVICE void bulk_wait(char*, int) {}
 
 // ---- Clusters (sm_90 and later): their blocks lie along z
 
-FCM_DEVICE void cluster_sync() {
+// A barrier in two parts: nobody returns from waiting before all threads of the cluster have arrived.
+FCM_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 #endif
 }
-// 16 bytes from the same place in the shared memory of block `rank` of the cluster.
+FCM_DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+FCM_DEVICE void cluster_sync() { cluster_arrive(), cluster_wait(); }
+// Where `shared` lies in the shared memory of block `rank` of the cluster.
+FCM_DEVICE u32 cluster_address(const void* shared, int rank) {
+  u32 remote = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"((u32)__cvta_generic_to_shared(shared)), "r"(rank));
+#endif
+  return remote;
+}
+// 16 bytes from there, and to there.
 FCM_DEVICE Vec cluster_load(const void* shared, int rank) {
   Vec v{};
 #if __CUDA_ARCH__ >= 900
-  u32 remote;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"((u32)__cvta_generic_to_shared(shared)), "r"(rank));
   asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.r[0]), "=r"(v.r[1]), "=r"(v.r[2]), "=r"(v.r[3])
-               : "r"(remote)
+               : "r"(cluster_address(shared, rank))
                : "memory");
 #else
   (void)shared, (void)rank;
 #endif
   return v;
+}
+FCM_DEVICE void cluster_store(void* shared, int rank, const Vec& v) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(cluster_address(shared, rank)), "r"(v.r[0]),
+               "r"(v.r[1]), "r"(v.r[2]), "r"(v.r[3])
+               : "memory");
+#else
+  (void)shared, (void)rank, (void)v;
+#endif
 }
 
 // ---- Half precision: two packed in 32 bits, the first in the low half

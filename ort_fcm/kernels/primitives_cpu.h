@@ -225,6 +225,15 @@ FCM_DEVICE void block_sync() { cpu::pass(cpu::self().block->gate); }
 FCM_DEVICE int warp_uniform(int x) { return x; }
 FCM_DEVICE char* shared_memory() { return cpu::self().block->shared; }
 
+template <int WORDS>
+FCM_DEVICE void load_constants(u32 (&r)[WORDS], const void* from) {
+  std::memcpy(r, from, sizeof r);
+}
+
+// `x`, in a register that is its own: ptxas would copy an operand of several products in front of each of them, since
+// the registers of an operand must be neighbours. `zero` must be, but not be known to be.
+FCM_DEVICE u32 pinned(u32 x, u32 zero) { return x ^ zero; }
+
 FCM_DEVICE float bits_float(u32 x) {
   float f;
   std::memcpy(&f, &x, 4);
@@ -255,9 +264,6 @@ FCM_DEVICE float shuffle_xor(float x, int mask) {
 
 FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
   cpu::self().copies.back().push_back({shared, global, 16, valid});
-}
-FCM_DEVICE void copy_async4(void* shared, const void* global, bool valid) {
-  cpu::self().copies.back().push_back({shared, global, 4, valid});
 }
 FCM_DEVICE void copy_async_commit() { cpu::self().copies.emplace_back(); }
 template <int PENDING>
@@ -294,10 +300,14 @@ FCM_DEVICE void bulk_wait(char* barrier, int parity) {
   }
 }
 
-FCM_DEVICE void cluster_sync() { cpu::pass(cpu::machine.cluster); }
-FCM_DEVICE Vec cluster_load(const void* shared, int rank) {
-  return *(const Vec*)(cpu::machine.blocks[rank]->shared + ((const char*)shared - shared_memory()));
+FCM_DEVICE void cluster_arrive() {}
+FCM_DEVICE void cluster_wait() { cpu::pass(cpu::machine.cluster); }
+FCM_DEVICE void cluster_sync() { cluster_arrive(), cluster_wait(); }
+FCM_DEVICE char* cluster_address(const void* shared, int rank) {
+  return cpu::machine.blocks[rank]->shared + ((const char*)shared - shared_memory());
 }
+FCM_DEVICE Vec cluster_load(const void* shared, int rank) { return *(const Vec*)cluster_address(shared, rank); }
+FCM_DEVICE void cluster_store(void* shared, int rank, const Vec& v) { *(Vec*)cluster_address(shared, rank) = v; }
 
 FCM_DEVICE u32 half2_pack(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
 FCM_DEVICE float half_float(unsigned short x) { return half_to_float(x); }

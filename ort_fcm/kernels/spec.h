@@ -106,6 +106,9 @@ constexpr int round_up(int a, int b) { return ceil_div(a, b) * b; }
 constexpr int max(int a, int b) { return a > b ? a : b; }
 constexpr int min(int a, int b) { return a < b ? a : b; }
 
+// A dense convolution over so few channels is a stem.
+constexpr int kStemChannels = 4;
+
 constexpr int element_bytes(Type t) { return t == Type::float16 ? 2 : 4; }
 
 // Channels of a group: 64 bytes, of which each of the four lanes that share a pixel owns 16 contiguous bytes.
@@ -201,9 +204,13 @@ constexpr int first_rows(const Spec& s) {
   if (!s.depthwise) return flat_pixels(s);
   return round_up(s.tile.images * halo_h(s) * halo_w(s), s.tile.wgmma ? 64 : 16);
 }
-// Tiles of `first`, 16 pixels (or 64), that a warp (or four) computes.
+// Tiles of `first`, 16 pixels (or 64), that a warp (or four) computes; where there are fewer tiles than warps, several
+// share the groups of a tile.
 constexpr int first_tiles(const Spec& s) {
   return s.depthwise ? ceil_div(first_rows(s) / 16, warps(s)) : s.tile.patch_h;
+}
+constexpr int first_shares(const Spec& s) {
+  return s.depthwise && !s.tile.wgmma ? max(1, min(warps(s) / (first_rows(s) / 16), chunk_groups(s))) : 1;
 }
 constexpr bool first_in_registers(const Spec& s) { return !s.tile.wgmma && first_tiles(s) * first_steps(s) * 4 <= 48; }
 // Whether 16 bytes of X's channels can be loaded at once.
@@ -242,15 +249,20 @@ constexpr int first_input_bytes(const Spec& s) {
   if (s.tile.wgmma) return ceil_div(first_steps(s), 2) * first_rows(s) * 64;
   return warps(s) * first_tiles(s) * ceil_div(first_steps(s), 2) * 2 * kFragment;
 }
-// X under the halo region: [images, c_in, rows, pitch], rows at an even column.
+// X under the halo region: [images, c_in, rows, pitch], rows at a multiple of 16 bytes of X. An odd number of vectors
+// of 16 bytes a row keeps neighbouring rows on different banks.
 constexpr int staged_h(const Spec& s) {
   return halo(halo_h(s), s.first_window.kernel_h, s.first_window.stride_h, s.first_window.dilation_h);
 }
 constexpr int staged_w(const Spec& s) {
   return halo(halo_w(s), s.first_window.kernel_w, s.first_window.stride_w, s.first_window.dilation_w);
 }
+constexpr int staged_columns(const Spec& s) {
+  return staged_w(s) + first_columns(s) - s.first_window.kernel_w + 16 / element_bytes(s.type) - 1;
+}
 constexpr int staged_pitch(const Spec& s) {
-  return round_up(staged_w(s) + max(1, first_columns(s) - s.first_window.kernel_w), 2);
+  const int vector = 16 / element_bytes(s.type);
+  return vector * (ceil_div(staged_columns(s), vector) | 1);
 }
 constexpr int staged_bytes(const Spec& s) {
   return stages_input(s) ? round_up(s.tile.images * s.c_in * staged_h(s) * staged_pitch(s) * element_bytes(s.type), 16)
@@ -279,13 +291,16 @@ constexpr int project_chunk_bytes(const Spec& s) {
 constexpr int exchange_bytes(const Spec& s) {
   return exchanges(s) ? s.tile.warps_m * chunk_groups(s) * s.tile.patch_h * 2 * kFragment : 0;
 }
-constexpr int sums_bytes(const Spec& s) {
-  return warps(s) * s.tile.patch_h * warp_groups_n(s) * (group(s.type) / 8) * kFragment;
+// A block's share of the products of a cluster, of each of its blocks. A unit is a group's products of 16 pixels.
+constexpr int reduction_units(const Spec& s) {
+  return ceil_div(warps(s) * s.tile.patch_h * warp_groups_n(s), s.tile.split);
 }
+constexpr int sums_bytes(const Spec& s) { return reduction_units(s) * s.tile.split * (group(s.type) / 8) * kFragment; }
 constexpr int kMoments = 128;  // of 16 pixels: the sums of x and of x^2
+constexpr int moments_bytes(const Spec& s) { return s.tile.warps_m * s.tile.patch_h * kMoments; }
 constexpr int reduction_bytes(const Spec& s) {
   if (s.tile.split == 1) return 0;
-  return sums_bytes(s) + (takes_moments(s) ? s.tile.warps_m * s.tile.patch_h * kMoments : 0);
+  return sums_bytes(s) + (takes_moments(s) ? s.tile.split * moments_bytes(s) : 0);
 }
 // Chunks that a thread block walks over, at most.
 constexpr int block_chunks(const Spec& s) {

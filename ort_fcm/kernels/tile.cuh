@@ -86,6 +86,18 @@ struct TilePlace {
     return (image * kHaloH + y) * kPitch * 64 + x / 2 * 128 + halo_side(x) * 64;
   }
 
+  // The inverse, of an offset that halo_offset gave: a place in the halo region. For what is not valid, the first pixel
+  // that is.
+  struct HaloPlace {
+    int image, y, x;
+  };
+  FCM_DEVICE HaloPlace halo_place_at(int offset) const {
+    const u32 slot = (u32)(offset >= halo_plane_bytes(S) - 128 ? halo_place(0, top, left) : offset) / 64;
+    const u32 line = slot / kPitch, x = slot % kPitch;
+    const int image = S.tile.images > 1 ? line / kHaloH : 0;
+    return {image, (int)line - image * kHaloH, (int)(x & ~1u) | halo_side(x)};
+  }
+
   // Two neighbouring pixels share 128 bytes; which comes first alternates such that the patches of neighbouring lanes,
   // 2 * stride pixels apart, fall on different banks.
   static constexpr int kShift = W.stride_w == 1 ? 1 : W.stride_w == 2 ? 2 : 31;
@@ -103,6 +115,16 @@ struct TilePlace {
     return {inside ? q / kPatches : 0, r / kPatchesX * S.tile.patch_h, r % kPatchesX * 2, inside};
   }
 
+  // Without a depthwise: the same pixel's place among all, and whether there is one.
+  FCM_DEVICE static int flat_in_tile(int m, int py, int side) {
+    return (m * S.tile.patch_h + py) * 16 + side * 8 + L::row();
+  }
+  FCM_DEVICE long long flat_pixel(int m, int py, int side) const { return pixel0 + flat_in_tile(m, py, side); }
+  FCM_DEVICE bool flat_exists(const Params& p, int m, int py, int side) const {
+    return flat_pixel(m, py, side) < (long long)p.out_h * p.out_w * p.batch &&
+           (!S.mean || flat_in_tile(m, py, side) < flat_pixels(S));
+  }
+
   // Output pixel `side` (0, 1) of row `py` of the patch of warp `m`.
   FCM_DEVICE Pixel output_pixel(const Params& p, int m, int py, int side) const {
     if constexpr (S.depthwise) {
@@ -110,9 +132,8 @@ struct TilePlace {
       const int y = y0 + q.y + py, x = x0 + q.x + side;
       return {image0 + q.image, y, x, q.valid && q.image < images && y < p.out_h && x < p.out_w};
     } else {
-      const int in_tile = (m * S.tile.patch_h + py) * 16 + side * 8 + L::row();
-      const long long i = pixel0 + in_tile, area = (long long)p.out_h * p.out_w;
-      const bool valid = i < area * p.batch && (!S.mean || in_tile < flat_pixels(S));
+      const long long i = flat_pixel(m, py, side), area = (long long)p.out_h * p.out_w;
+      const bool valid = flat_exists(p, m, py, side);
       const int image = valid ? (int)(i / area) : 0, rest = valid ? (int)(i - image * area) : 0;
       return {image, rest / p.out_w, rest % p.out_w, valid};
     }

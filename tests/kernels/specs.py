@@ -95,6 +95,8 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
         images = 1
         if "conv" not in stages and rng.random() < 0.5:  # several images among 16 pixels
             height, width, batch = rng.randint(1, 6), rng.randint(1, 6), rng.randint(2, 9)
+    if stages[0] == "conv" and rng.random() < 0.5:  # rows of whole vectors of 16 bytes
+        width = 16
     if images > 1:  # such a tile covers the map
         height, width = rng.randint(5, 8), rng.randint(5, 8)
         tile_h, tile_w = patch_h * -(-9 // patch_h), 16
@@ -118,6 +120,8 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
             fields["c_out"] = str(2 * group - rng.choice((0, 1, 7)))
         if not last_dense:
             fields["c_out"] = fields["c_mid"]
+    elif last_dense and rng.random() < 0.3:  # uneven shares
+        tile["block_n"] = group * rng.choice((1, 2, 3))
     fields |= {f"tile.{key}": str(value) for key, value in tile.items()}
     if min(_out(fields, height, side=0), _out(fields, width, side=1)) < 1:  # the windows leave nothing
         return draw(rng, chain, type_, activation)
