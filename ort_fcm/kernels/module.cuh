@@ -633,11 +633,9 @@ struct Module {
     if constexpr (!kFromRegisters) wgmma_fence(sums);
     FCM_UNROLL
     for (int gi = 0; gi < kChunkGroups; ++gi) {
-      [[maybe_unused]] Vec own[P][2];
+      [[maybe_unused]] typename L::Operand own[P];
       if constexpr (kFromRegisters) {
         exchanged(own, step, gi);
-        FCM_UNROLL
-        for (int py = 0; py < P; ++py) own[py][0] = L::operand(own[py][0]), own[py][1] = L::operand(own[py][1]);
         add_moments(own);
         wgmma_fence(sums);
       }
@@ -648,8 +646,7 @@ struct Module {
           float* const d = &sums[py][0][0][0];
           const char* const b = weights + gi * (block_n(S) / 8) * kFragment;
           if constexpr (kFromRegisters) {
-            const u32 *upper = own[py][0].r + 2 * s, *lower = own[py][1].r + 2 * s;
-            wgmma<S.type, kN>(d, Vec{{upper[0], lower[0], upper[1], lower[1]}}, b, kFragment, s);
+            wgmma<S.type, kN>(d, own[py].step[s], b, kFragment, s);
           } else {
             wgmma<S.type, kN>(d, fragments + (gi * P + py) * S.tile.warps_m * 2 * kFragment, b, kFragment, s);
           }
@@ -738,10 +735,7 @@ struct Module {
     }
   }
 
-  FCM_DEVICE void project(const Vec (&d)[P][2], int step, int gi) {
-    typename L::Operand a[P];
-    FCM_UNROLL
-    for (int py = 0; py < P; ++py) a[py] = L::operands(L::operand(d[py][0]), L::operand(d[py][1]));
+  FCM_DEVICE void project(const typename L::Operand (&a)[P], int step, int gi) {
     add_moments(a);
     const char* buffer = project_buffer(step) + gi * (block_n(S) / 8) * kFragment;
     constexpr int kBlocks = block_n(S) / 8;
@@ -772,11 +766,8 @@ struct Module {
   // The same of what warpgroups multiply meanwhile.
   FCM_DEVICE void add_exchanged_moments(int step) {
     for (int gi = 0; gi < kChunkGroups; ++gi) {
-      Vec d[P][2];
-      exchanged(d, step, gi);
       typename L::Operand a[P];
-      FCM_UNROLL
-      for (int py = 0; py < P; ++py) a[py] = L::operands(d[py][0], d[py][1]);
+      exchanged(a, step, gi);
       add_moments(a);
     }
   }
@@ -806,13 +797,16 @@ struct Module {
                 kWgmma ? L::operand(d[py][side]) : d[py][side];
         }
       } else {
-        project(d, step, gi);
+        typename L::Operand a[P];
+        operands(a, d);
+        project(a, step, gi);
       }
     }
   }
   // This lane's part of group gi in the exchange buffer.
-  FCM_DEVICE void exchanged(Vec (&d)[P][2], int step, int gi) const {
+  FCM_DEVICE void exchanged(typename L::Operand (&a)[P], int step, int gi) const {
     const int k = (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane;
+    Vec d[P][2];
     FCM_UNROLL
     for (int py = 0; py < P; ++py) {
       FCM_UNROLL
@@ -822,13 +816,18 @@ struct Module {
           d[py][side] = In::template scale<L::kLane>(p, d[py][side], factors_of[py][side], k);
       }
     }
+    operands(a, d);
+  }
+  FCM_DEVICE static void operands(typename L::Operand (&a)[P], const Vec (&d)[P][2]) {
+    FCM_UNROLL
+    for (int py = 0; py < P; ++py) a[py] = L::operands(L::operand(d[py][0]), L::operand(d[py][1]));
   }
   FCM_DEVICE void project_exchanged(int step) {
     const int g = groups(chunk(step));
     for (int gi = 0; gi < g; ++gi) {
-      Vec d[P][2];
-      exchanged(d, step, gi);
-      project(d, step, gi);
+      typename L::Operand a[P];
+      exchanged(a, step, gi);
+      project(a, step, gi);
     }
   }
 
