@@ -540,7 +540,7 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
     if seg.gate:
         return gate.REGISTERS
     phase = 16 + 8 * tile.patch_h  # fragments of a tensor-core product
-    if seg.streams and tile.wgmma and seg.element == 2:  # which tensor cores read from shared memory
+    if seg.streams and tile.wgmma and not (seg.element == 4 and seg.scaled):  # a loop of little but products
         phase -= 40
     sums = accumulators(seg, tile)
     if seg.depthwise:
@@ -572,7 +572,7 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
     if seg.takes_moments:
         phase += 4 + 18 * tile.patch_h
     if seg.project and seg.element == 4 and tile.wgmma:
-        phase += 8
+        phase += 0 if seg.streams else 8
     elif seg.project and seg.element == 4:
         phase += 16 + (8 if min(tile.images, tile.patch_h) > 1 else 0)  # operands rounded to TF32
         if seg.stages == "dw-pw" and gpu.sm < 90:  # and the places of asynchronous copies
