@@ -23,27 +23,28 @@ class Priors:
     (benchmarks/calibrate.py)."""
 
     dram_share: float = 0.90  # of memory_gbps that a copy reaches: 4.3 of 4.8 TB/s
-    l2_share: float = 1.0  # of l2_gbps, itself an estimate of what is reached
+    l2_share: float = 1.106  # of l2_gbps, itself an estimate of what is reached
     tensor_share: float = 1.0  # of the rate of mma.sync
     plain_share: float = 0.65  # of an SM's multiply-adds that products reach where there are no tensor cores
-    overlap: float = 1.698  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
-    copy_instructions: float = 12.47  # a warp's 512 bytes of asynchronous copies: addresses, predicates, waits
-    gather_instructions: float = 297.6  # a 16-pixel tile of `first`: its places, and loading its input
-    store_instructions: float = 18.7  # a register of the output: bias, residual, address, store
-    clocks_per_instruction: float = 1.895  # of one warp alone
-    product_clocks: float = 19.11  # the same, of a tensor-core product
-    wgmma_clocks: float = 4.739  # the same, of 8 channels of a product of 64 pixels
-    fragment_clocks: float = 211.8  # the same, of loading a fragment of `first` that goes to shared memory
-    step_clocks: float = 315.3  # of a chunk step: its barrier, and the copies' latency that is not hidden
-    warp_clocks: float = 41.09  # the same, for each warp of the thread block: the slowest keeps all waiting
-    gather_clocks: float = 3620  # the same, of a lone dense convolution whose input no copies bring ahead
-    block_clocks: float = 394.2  # of a thread block: its first loads, its last stores
-    wgmma_block_clocks: float = 1275  # more of that with wgmma
-    split_clocks: float = 3770  # of a cluster: its barriers and the partial sums through distributed shared memory
-    turn_share: float = 0.9055  # of a tile's latency that one after it takes, whose input was fetched ahead
-    stream_turn_share: float = 1.808  # the same, of a lone pointwise: its copies are two chunks ahead at most
-    tail_rounds: float = 0.1717  # rounds lost where thread blocks do not all fit the GPU at once
-    dispatch_clocks: float = 594.4  # in which an SM starts a thread block
+    overlap: float = 1.609  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
+    copy_instructions: float = (
+        22.27  # a warp's 512 bytes of asynchronous copies under a depthwise: addresses, predicates
+    )
+    gather_instructions: float = 123.2  # a 16-pixel tile of `first`: its places, and loading its input
+    staged_instructions: float = 300.3  # the same, from a stem's input in shared memory
+    store_instructions: float = 4.199  # a register of the output: bias, residual, address, store
+    clocks_per_instruction: float = 2.311  # of one warp alone
+    product_clocks: float = 7.118  # the same, of a tensor-core product
+    wgmma_clocks: float = 2.367  # the same, of 8 channels of a product of 64 pixels
+    fragment_clocks: float = 93.7  # the same, of loading a fragment of `first` that goes to shared memory
+    step_clocks: float = 296.1  # of a chunk step: its barrier, and the copies' latency that is not hidden
+    warp_clocks: float = 180.1  # the same, for each warp of the thread block: the slowest keeps all waiting
+    stream_warp_clocks: float = 24.44  # the same, of a lone dense stage
+    wgmma_block_clocks: float = 546.7  # of a thread block with wgmma, once
+    split_clocks: float = 2558  # of a cluster: its barriers and the partial sums through distributed shared memory
+    turn_share: float = 0.7771  # of a tile's latency that one after it takes, whose input was fetched ahead
+    tail_rounds: float = 0.1571  # rounds lost where thread blocks do not all fit the GPU at once
+    dispatch_clocks: float = 483.3  # in which an SM starts a thread block
     launch_us: float = 1.2  # of a kernel in a captured graph
     base_registers: int = 52  # addresses, counters, pipeline state
     gathered_registers: int = 60  # from sm_100 on, the assembler gathers more loads
@@ -62,10 +63,9 @@ class Priors:
 
 PRIORS = Priors()
 FITTED = (
-    "overlap", "copy_instructions", "gather_instructions", "store_instructions",
+    "overlap", "l2_share", "copy_instructions", "gather_instructions", "staged_instructions", "store_instructions",
     "clocks_per_instruction", "product_clocks", "wgmma_clocks", "fragment_clocks", "step_clocks", "warp_clocks",
-    "gather_clocks", "block_clocks", "wgmma_block_clocks", "split_clocks", "turn_share", "stream_turn_share",
-    "tail_rounds", "dispatch_clocks",
+    "stream_warp_clocks", "wgmma_block_clocks", "split_clocks", "turn_share", "tail_rounds", "dispatch_clocks",
 )  # fmt: skip
 
 # By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
@@ -203,10 +203,10 @@ class Segment:
             return self.c_in % self.group == 0
         return self.stages == "pw" and self.c_in % (16 // self.element) == 0
 
-    @cached_property
-    def gathers(self) -> bool:
-        """A lone dense convolution that loads its input element by element."""
-        return self.stages == "conv" and not self.streams
+    @property
+    def stem(self) -> bool:
+        """A dense convolution of few channels in front of a depthwise: its input is staged in shared memory."""
+        return self.first is not None and self.first.kind == "conv"
 
     @cached_property
     def input_elements(self) -> int:
@@ -541,7 +541,7 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         return gate.REGISTERS
     phase = 16 + 8 * tile.patch_h  # fragments of a tensor-core product
     if seg.streams and tile.wgmma and not (seg.element == 4 and seg.scaled):  # a loop of little but products
-        phase -= 40
+        phase -= 24 if seg.element == 2 else 40
     sums = accumulators(seg, tile)
     if seg.depthwise:
         pixels = 6 * max(seg.depthwise.stride)
@@ -577,14 +577,12 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         phase += 16 + (8 if min(tile.images, tile.patch_h) > 1 else 0)  # operands rounded to TF32
         if seg.stages == "dw-pw" and gpu.sm < 90:  # and the places of asynchronous copies
             phase += 16
-    if seg.gathers and seg.element == 2:  # the compiler gathers the operands of all products at once
-        phase += 72 * tile.patch_h - 50
     held = _first_tiles(seg, tile) * seg.first_steps * 3 if seg.first and _first_in_registers(seg, tile) else 0
     kept = 0  # what a resident block remembers between tiles, and what of the next tile's input is on its way
     if tile.resident:
         stem = seg.stages.startswith("conv")
         kept = priors.resident_registers + (24 if stem and seg.depthwise else 8 if seg.project and not stem else 32)
-        if seg.gathers or (seg.element == 4 and (stem or (seg.first and not held))):
+        if seg.element == 4 and (stem or (seg.first and not held)):
             kept += 96
         if seg.stages == "dw-pw" and seg.element == 4:
             kept += 8 * tile.patch_h
@@ -757,7 +755,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
             loads += weights / 512 * (max(tiles / 2, min(tiles, 1)) if layer else tiles * own / groups)
             if not _first_in_registers(seg, t):
                 loads += tiles * seg.first_steps * own
-                fragments = 0.0 if seg.first.kind == "conv" else tiles * seg.first_steps
+                fragments = 0.0 if seg.stem else tiles * seg.first_steps
         values += tiles * 16 * own * group / pack / 32 * (2 + pack * _ACTIVATION[seg.first.activation])
         if layer:
             stores += tiles * 2 * groups
@@ -837,21 +835,22 @@ def times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors = PRIORS)
     per_clock, per_us, on_tensor = _tensor_rates(seg, gpu, priors, w.operands > 0)
     rounds = w.busy / blocks + priors.tail_rounds if w.busy > blocks else 1.0
     mhz = gpu.clock_mhz
-    copies = w.copies if gpu.sm >= 90 else w.copies + w.weight_copies  # one thread asks for a chunk's from there on
+    copies = 0 if seg.streams else w.copies
+    if gpu.sm < 90:  # from there on, one thread asks for a chunk's
+        copies += w.weight_copies
+    loading = priors.staged_instructions if seg.stem else priors.gather_instructions
     plain = w.values + w.loads + w.stores + priors.copy_instructions * copies
-    tile = w.steps * plain + priors.gather_instructions * w.tiles + w.adding
+    tile = w.steps * plain + loading * w.tiles + w.adding
     tile += priors.store_instructions * w.ends + w.end_values
     multiplying = 0.1 if w.operands else 1 if on_tensor else 33
     issued = w.turns * (tile + w.steps * w.products * multiplying)
-    step = priors.step_clocks + priors.warp_clocks * w.warps
+    step = priors.step_clocks + (priors.stream_warp_clocks if seg.streams else priors.warp_clocks) * w.warps
     step += w.products * (priors.wgmma_clocks if w.operands else priors.product_clocks)
-    if seg.gathers:
-        step += priors.gather_clocks
     turn = w.waiting + w.steps * step + priors.clocks_per_instruction * tile + priors.fragment_clocks * w.fragments
     if w.split > 1:
         turn += priors.split_clocks
-    following = (w.turns - 1) * (priors.stream_turn_share if seg.streams else priors.turn_share)
-    latency = priors.block_clocks + (priors.wgmma_block_clocks if w.operands else 0) + (1 + following) * turn
+    following = (w.turns - 1) * (1 if seg.streams else priors.turn_share)
+    latency = (priors.wgmma_block_clocks if w.operands else 0) + (1 + following) * turn
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps
     macs = 2048 if seg.element == 2 else 1024
     vectors = w.turns * (w.loads + w.stores + w.copies + w.operands) + w.weight_copies

@@ -139,10 +139,9 @@ def _spatial(seg: Segment, least_filled: float, wgmma: int = 0) -> Iterator[Tile
     out_h, out_w = seg.maps[-1]
     if not seg.depthwise:
         for patch_h in (1, 2, 4):
-            # A gathered convolution in thread blocks of one or two warps took twice as long as in four.
-            for warps_m in (4, 8) if wgmma or seg.gathers else (1, 2, 4, 8):
+            for warps_m in (4, 8) if wgmma else (1, 2, 4, 8):
                 pixels = 16 * patch_h * warps_m
-                if pixels <= (64 if seg.gathers else 16) or pixels < 2 * seg.batch * out_h * out_w:
+                if pixels <= 16 or pixels < 2 * seg.batch * out_h * out_w:
                     yield Tile(tile_h=1, tile_w=pixels, patch_h=patch_h, warps_m=warps_m, wgmma=wgmma)
         return
     widths = _lengths(out_w, True)
@@ -176,7 +175,7 @@ def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
     group, padded = seg.group, seg.padded_out
     chunks = [n * group for n in (1, 2, 4) if n == 1 or n <= seg.middle_groups]
     cuts = sorted({round_up(ceil_div(padded, n), group) for n in (1, 2, 3, 4, 6, 8)}, reverse=True)
-    products = (0, 1) if gpu.sm == 90 and not seg.gathers else (0,)  # of a warp, or of four
+    products = (0, 1) if gpu.sm == 90 else (0,)  # of a warp, or of four
     for base in (base for wgmma in products for base in _spatial(seg, least_filled, wgmma)):
         if seg.depthwise:
             grid = tiling(seg, base).tiles * ceil_div(seg.batch, base.images)
