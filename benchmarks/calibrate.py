@@ -82,6 +82,8 @@ def chain(row: dict[str, Any]) -> Chain:
         layers.append(layer("dw", "depthwise", spec["c_mid"], spec["c_mid"]))
     if spec["project"]:
         layers.append(layer(KINDS[spec["project"]], "project", spec["c_mid"], spec["c_out"]))
+    if spec.get("norm_epsilon"):
+        layers[0] = replace(layers[0], normed=True)
     width = row.get("W", row["H"])
     return Chain(tuple(layers), row["B"], row["H"], width, "float16" if spec["type"] == 0 else "float32")
 
