@@ -571,6 +571,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         phase += 16 + 8 * tile.patch_h
     if seg.takes_moments:
         phase += 4 + 18 * tile.patch_h
+    if seg.first and not seg.depthwise and not tile.wgmma:  # the results of `first` and its bias, beside the sums
+        phase += 16
     if seg.project and seg.element == 4 and tile.wgmma:
         phase += 0 if seg.streams else 8
     elif seg.project and seg.element == 4:
