@@ -663,13 +663,22 @@ struct Module {
   FCM_DEVICE void multiply(int step) {
     if constexpr (kFlatFirst) {
       // Of this chunk, whose activation is computed while the products of `project` for the chunk before it run.
-      float c[P][kShare][kBlocks8][4];
-      if (step < steps) {
+      if (step == 0) {
+        float c[P][kShare][kBlocks8][4];
         start_flat_first(c, step);
         wgmma_wait<0>(c);
+        finish_flat_first(c, step);
+      } else if (step < steps) {
+        float c[P][kShare][kBlocks8][4];
+        start_flat_first(c, step);
+        start_project(step - kLag);
+        wgmma_wait<1>(c);
+        finish_flat_first(c, step);
+        wgmma_wait<0>(sums);
+      } else {
+        start_project(step - kLag);
+        wgmma_wait<0>(sums);
       }
-      if (step >= kLag) start_project(step - kLag);
-      if (step < steps) finish_flat_first(c, step);
       return;
     }
     if constexpr (kFirst && S.depthwise) {
