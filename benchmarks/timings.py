@@ -42,7 +42,7 @@ def tile(row: dict[str, Any]) -> str:
 def as_run(case: Case) -> Case:
     """The case as its kernel runs it: a lone stem in front of a depthwise that passes its result on."""
     stem = case.stages[0]
-    if len(case.stages) > 1 or stem.kind != "conv" or stem.c_in > STEM_CHANNELS:
+    if len(case.stages) > 1 or stem.kind != "conv" or stem.c_in > STEM_CHANNELS or (case.pool and case.residual):
         return case
     return replace(case, stages=(stem, Stage("dw", stem.c_out, stem.c_out, bias=False)))
 

@@ -267,7 +267,7 @@ def segment(chain: Chain, first: int, last: int) -> Segment | None:
     if layers[0].mean and (kinds not in (["pw"], ["pw", "pw"]) or layers[0].scaled or layers[-1].residual):
         return None
     bare = [replace(layer, name="", nodes=1, activation_nodes=0, residual=False) for layer in layers]
-    if kinds == ["conv"] and layers[0].in_channels <= STEM_CHANNELS:
+    if kinds == ["conv"] and layers[0].in_channels <= STEM_CHANNELS and not (layers[0].pool and layers[0].residual):
         # A lone stem runs in front of a depthwise that passes its result on: so its input is staged.
         bare.append(Layer("dw", layers[0].out_channels, layers[0].out_channels))
         kinds.append("dw")

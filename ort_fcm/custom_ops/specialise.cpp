@@ -29,6 +29,7 @@ Module staged(Module module) {
   const Stage& stem = module.stages.front();
   if (module.stages.size() > 1 || stem.kind != StageKind::convolution || stem.in_channels > kStemChannels)
     return module;
+  if (module.pool && module.residual) return module;  // a depthwise at the end writes sums without a residual
   Stage passing;
   passing.kind = StageKind::depthwise;
   passing.in_channels = passing.out_channels = stem.out_channels;
