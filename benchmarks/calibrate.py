@@ -1,6 +1,6 @@
 """Fits the constants of the planner's time model to timed tiles, and says how well its choices do.
 
-    python -m benchmarks.calibrate benchmarks/results/tiles_h200.jsonl.xz... [--gpu H200] [--fit-batch 128]
+    python -m benchmarks.calibrate benchmarks/results/tiles_h200_4.jsonl.xz... [--gpu H200] [--fit-batch 128]
 
 The lines of the files are those of benchmarks/timings.py. The fit takes residency from there; the figures that follow
 use the planner's own.
@@ -103,6 +103,8 @@ def problems(files: Iterable[Path], card: Gpu) -> list[Problem]:
             strides = max(part.stride[0] for part in key.layers)
             found[key] = Problem(f"{row['B']}x {seg.stages} {name}@{row['H']} s{strides}", seg, {})
         known = found[key]
+        if spec["depthwise"] != (known.seg.depthwise is not None):
+            continue  # a lone stem, timed when its input was not staged
         tile = Tile(**{name[5:]: value for name, value in spec.items() if name.startswith("tile.")})
         known.timings[tile] = Timing(tile, work(known.seg, tile, card.sms), row["occ"], row["us"])
     return list(found.values())

@@ -30,9 +30,10 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from dataclasses import replace
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -562,6 +563,27 @@ def run(args: argparse.Namespace) -> None:
         print("\n".join(table(jobs)))
 
 
+def perform(
+    args: argparse.Namespace,
+    prepare: Callable[[argparse.Namespace], Entry],
+    launch: Callable[[argparse.Namespace], None],
+    run: Callable[[argparse.Namespace], None],
+    tables: Iterable[Callable[[Path], str]],
+) -> int:
+    """Does what `args.command` says; the exit status, 2 with one line where that is not possible."""
+    try:
+        if args.command == "prepare":
+            write(args.jobs, prepare(args))
+        elif args.command == "show":
+            print("\n".join(table(args.out) for table in tables))
+        else:
+            (launch if args.command == "launch" else run)(args)
+    except (FcmError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["prepare", "run", "launch", "show"])
@@ -577,19 +599,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--export", type=Path)
     args = parser.parse_args()
-    try:
-        if args.command == "prepare":
-            write(args.jobs, prepare(args))
-        elif args.command == "launch":
-            launch(args)
-        elif args.command == "show":
-            print("\n".join(render(name, args.out) for name in TABLES))
-        else:
-            run(args)
-    except (FcmError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    tables = (partial(render, name) for name in TABLES)
+    return perform(args, prepare, launch, run, tables)
 
 
 if __name__ == "__main__":

@@ -346,20 +346,7 @@ def main() -> int:
     parser.add_argument("--gpu", default="H200")
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    args = parser.parse_args()
-    try:
-        if args.command == "prepare":
-            confirm.write(args.jobs, prepare(args))
-        elif args.command == "launch":
-            launch(args)
-        elif args.command == "show":
-            print(render(args.out))
-        else:
-            run(args)
-    except (FcmError, OSError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return confirm.perform(parser.parse_args(), prepare, launch, run, [render])
 
 
 if __name__ == "__main__":

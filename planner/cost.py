@@ -480,7 +480,7 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
             once += staged_bytes(seg, t)
         planes += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
     if seg.mean:
-        once = chunk_steps(seg, t) * groups * round_up(t.images, 8) * 64 + gate.parts_bytes(seg, t)
+        once = _steps(seg, t) * groups * round_up(t.images, 8) * 64 + gate.parts_bytes(seg, t)
     if seg.project:
         weights += groups * (block_n(seg, t) // 8) * fragment
         if _exchanges(seg, t):
@@ -490,7 +490,7 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
     if seg.takes_moments and t.split > 1:
         reduction += t.split * t.warps_m * t.patch_h * 128
     stages = 3 if seg.streams and t.wgmma and not t.resident else 2  # of what a chunk step replaces
-    working = once + stages * planes + (chunk_steps(seg, t) if t.resident else stages) * weights
+    working = once + stages * planes + (_steps(seg, t) if t.resident else stages) * weights
     arrivals = 32
     # Tiles that follow need the working buffers.
     return arrivals + (working + reduction if t.resident else max(working, reduction))
@@ -527,7 +527,7 @@ def touched_bytes(channels: int, element: int, access: int) -> float:
     return SECTOR * sum(ceil_div(end, SECTOR) - begin // SECTOR for begin, end in ends) / period
 
 
-def chunk_steps(seg: Segment, tile: Tile) -> int:
+def _steps(seg: Segment, tile: Tile) -> int:
     """Chunks that a thread block walks over."""
     groups = tile.chunk // seg.group
     if seg.project:
@@ -711,7 +711,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
             r = min(seg.height, (r - 1) * dense.stride[0] + dense.reach[0])
             c = min(seg.width, (c - 1) * dense.stride[1] + dense.reach[1])
             x_pixels = max(spatial * r * c, seg.input_elements // seg.c_in)
-    steps = chunk_steps(seg, t)
+    steps = _steps(seg, t)
     apart = blocks_n * t.split  # thread blocks of a spatial tile
     sms = max(t.split, cluster_sms(sms, t.split))
     spatial_blocks, busy = spatial, ceil_div(spatial * apart, sms)

@@ -17,7 +17,6 @@ from .cost import (
     Priors,
     Segment,
     Stock,
-    chunk_steps,
     estimate,
     illegal,
     layout_change,
@@ -236,9 +235,9 @@ def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) 
             found = [(tile, cost) for tile, cost in costs if cost]
 
     def key(item: tuple[Tile, Estimate]) -> tuple[float, float, bool]:
-        # Of equal tiles, that whose weights have all been asked for when the kernel in front ends.
+        # Of equal tiles, that whose weights, if they are many, have all been asked for when the kernel in front ends.
         tile, cost = item
-        late = not seg.gate and (chunk_steps(seg, tile) > 1) != (tile.resident > 0)
+        late = not seg.gate and (seg.project is None) == (tile.resident > 0)
         if objective == "traffic":
             return cost.traffic_bytes, cost.time_us, late
         return cost.time_us, cost.traffic_bytes, late
