@@ -592,6 +592,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             kept += 8 * max(0, _first_tiles(seg, tile) * seg.first_steps - 32)
         if seg.stages == "conv-dw":
             kept += 14 * tile.patch_h
+        if gpu.sm >= 100 and seg.depthwise and not seg.first:  # places of copies
+            kept += 32
         if seg.pool:  # weights are the same for every tile, and held if they can be
             kept += 96 if stem else 16
     base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 100 else 0)
