@@ -25,6 +25,7 @@ def layers(draw: st.DrawFn, kind: str, channels: int) -> Layer:
     outputs = channels if kind == "dw" else draw(st.integers(1, 200))
     stride = (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
     if kind == "pw":
+        extra["normed"] = draw(st.integers(0, 3)) == 0
         return Layer(kind, channels, outputs, stride=stride if draw(st.booleans()) else (1, 1), **extra)
     kernel = (draw(st.sampled_from([1, 3, 5])), draw(st.sampled_from([1, 3, 5])))
     pads = draw(st.tuples(*[st.integers(0, 2)] * 4))
@@ -88,7 +89,8 @@ def test_plan_is_whole_and_keeps_its_claims(chain: Chain, card: Gpu, objective: 
         parts, tile = chain.layers[module.first : module.last + 1], module.tile
         stages = "-".join(layer.kind for layer in parts)
         assert stages in STAGES
-        assert module.variant.removesuffix("_R") == stages.replace("-", "").upper()
+        name = "NORM+" * parts[0].normed + stages.replace("-", "").upper()
+        assert module.variant.removesuffix("_R") == name
         assert not any(layer.residual for layer in parts[:-1])
         seg = segment(chain, module.first, module.last)
         assert seg and not illegal(seg, tile)
