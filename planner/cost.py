@@ -566,7 +566,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
     if seg.pool and seg.depthwise and not seg.project:  # sums, and where they go; a large filter loads more ahead
         phase += 16 * max(seg.depthwise.stride) if seg.depthwise.taps <= 9 else 8 + 8 * tile.patch_h
     if _from_registers(seg, tile):  # those of one group multiply while the next are loaded
-        phase += 16 * tile.patch_h
+        wide = block_n(seg, tile) // tile.warps_n > 256  # products of two instructions
+        phase += 16 * tile.patch_h + (64 if tile.split > 1 else 40 if wide else 0)
     if seg.scaled:
         phase += 16 + 8 * tile.patch_h
     if seg.takes_moments:
