@@ -843,12 +843,12 @@ struct Module {
   // ---- The end
 
   // COUNT groups of products in row `py` of a warp's pixels, from group `ng` on: where they go (channels from `channel`
-  // to `end`, where the block's may end before the warp's), and the residual there.
+  // to `end`, where the block's may end before the warp's), and what is loaded ahead.
   template <int COUNT>
   struct Stored {
     typename Out::Place pixels[2];
     int warp_m, py, channel, end;
-    typename Out::template Residuals<COUNT> residuals;
+    typename Out::template Ahead<COUNT> ahead;
   };
   template <int COUNT>
   FCM_DEVICE Stored<COUNT> find_stored(int warp, int py, int ng) const {
@@ -860,7 +860,7 @@ struct Module {
                      start + (warp_n * kWarpGroupsN + ng) * kGroup,
                      min(start + block_n(S), padded_out(S)),
                      {}};
-    to.residuals = Out::template load_residuals<COUNT>(p, to.pixels, to.channel);
+    to.ahead = Out::template load_ahead<COUNT>(p, to.pixels, to.channel, to.end);
     return to;
   }
   template <int COUNT>
@@ -869,7 +869,7 @@ struct Module {
       const Pixel q[2] = {place.output_pixel(p, to.warp_m, to.py, 0), place.output_pixel(p, to.warp_m, to.py, 1)};
       Pool<C>::store(p, place, to.warp_m, to.py, q, x, channel);
     };
-    Out::template store_groups<COUNT>(p, to.pixels, to.channel, to.end, c, to.residuals, pool);
+    Out::template store_groups<COUNT>(p, to.pixels, to.channel, to.end, c, to.ahead, pool);
   }
   FCM_DEVICE void store_all() {
     FCM_UNROLL
@@ -884,7 +884,7 @@ struct Module {
   }
   template <int NG>
   FCM_DEVICE void store_row(int py) const {
-    constexpr int kCount = S.residual ? min(kWarpGroupsN - NG, 4) : kWarpGroupsN;  // residuals in registers at once
+    constexpr int kCount = min(kWarpGroupsN - NG, 4);  // groups for which biases and residuals are in registers at once
     store_sums<kCount>(find_stored<kCount>(L::warp(), py, NG), *(const float (*)[kCount][kBlocks8][4])sums[py][NG]);
     if constexpr (NG + kCount < kWarpGroupsN) store_row<NG + kCount>(py);
   }

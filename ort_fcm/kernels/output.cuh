@@ -117,41 +117,53 @@ struct Output {
     store<L::kLane>(p, q, c, x, r);
   }
 
-  // COUNT groups from channel `base` on, of two pixels. Where the last is half a group, lanes have half of their
-  // channels.
+  // What the store of COUNT groups from channel `base` to `end`, of two pixels, needs besides their products. Where the
+  // last is half a group, lanes have half of their channels.
   template <int COUNT>
-  struct Residuals {
+  struct Ahead {
+    float bias[COUNT][L::kLane];
     u32 whole[COUNT][2][4], half[COUNT][2][2];
   };
   template <int COUNT>
-  FCM_DEVICE static Residuals<COUNT> load_residuals(const Params& p, const Place (&q)[2], int base) {
-    Residuals<COUNT> r;
+  FCM_DEVICE static Ahead<COUNT> load_ahead(const Params& p, const Place (&q)[2], int base, int end) {
+    Ahead<COUNT> ahead;
     FCM_UNROLL
     for (int g = 0; g < COUNT; ++g) {
-      const int first = base + g * L::kGroup;
+      const int first = base + g * L::kGroup,
+                there = first < end ? first : 0;  // a group beyond stands in for the first
+      const bool in_half = ends_in_half(there);
+      const int c = there + L::column() * (in_half ? L::kLane / 2 : L::kLane);
+      float some[L::kLane / 2];
+      if (in_half) {
+        load_vector(some, p.project_bias + c);
+        FCM_UNROLL
+        for (int i = 0; i < L::kLane / 2; ++i) ahead.bias[g][i] = some[i];
+      } else {
+        load_vector(ahead.bias[g], p.project_bias + c);
+      }
       FCM_UNROLL
       for (int side = 0; side < 2; ++side) {
-        if (ends_in_half(first))
-          load_residual<L::kLane / 2>(p, q[side], first + L::column() * (L::kLane / 2), r.half[g][side]);
+        if (in_half)
+          load_residual<L::kLane / 2>(p, q[side], c, ahead.half[g][side]);
         else
-          load_residual<L::kLane>(p, q[side], first + L::column() * L::kLane, r.whole[g][side]);
+          load_residual<L::kLane>(p, q[side], c, ahead.whole[g][side]);
       }
     }
-    return r;
+    return ahead;
   }
   // Stores the products of those of these groups that start in front of channel `end`. pool(x, first): is called, if
   // sums of Y are asked for, with this lane's channels of Y from `first` on, of both pixels.
   template <int COUNT, class Pool>
   FCM_DEVICE static void store_groups(const Params& p, const Place (&q)[2], int base, int end,
-                                      const float (&c)[COUNT][L::kBlocks8][4], Residuals<COUNT> r, Pool pool) {
+                                      const float (&c)[COUNT][L::kBlocks8][4], Ahead<COUNT> ahead, Pool pool) {
     FCM_UNROLL
     for (int g = 0; g < COUNT; ++g) {
       const int first = base + g * L::kGroup;
       if (first >= end) continue;
       if (ends_in_half(first))
-        store_pixels(p, q, first, c[g], r.half[g], pool);
+        store_pixels(p, q, first, c[g], ahead.bias[g], ahead.half[g], pool);
       else
-        store_pixels(p, q, first, c[g], r.whole[g], pool);
+        store_pixels(p, q, first, c[g], ahead.bias[g], ahead.whole[g], pool);
     }
   }
   FCM_DEVICE static bool ends_in_half(int base) {
@@ -159,12 +171,11 @@ struct Output {
   }
   template <int WORDS, class Pool>
   FCM_DEVICE static void store_pixels(const Params& p, const Place (&q)[2], int base, const float (&c)[L::kBlocks8][4],
-                                      u32 (&r)[2][WORDS], Pool pool) {
+                                      const float (&bias)[L::kLane], u32 (&r)[2][WORDS], Pool pool) {
     constexpr int kCount = WORDS * 4 / L::kElement;
     constexpr Act act = S.project_act;
     const int first = base + L::column() * kCount;
-    float x[2][kCount], bias[kCount], slope[kCount] = {};
-    load_vector(bias, p.project_bias + first);
+    float x[2][kCount], slope[kCount] = {};
     if constexpr (act.kind == Activation::prelu) load_vector(slope, p.project_slope + first);
     FCM_UNROLL
     for (int side = 0; side < 2; ++side) {

@@ -61,12 +61,15 @@ FCM_DEVICE u32 pinned(u32 x, u32 zero) { return x ^ zero; }
 FCM_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
 FCM_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 
-// Of what no kernel ever writes, as weights are: such loads may pass stores.
+// Of what no kernel ever writes, as weights are: such loads may pass stores. Volatile, or they would pass the branch
+// that says whether there is anything to load.
 FCM_DEVICE void load_constants(u32 (&r)[4], const void* from) {
-  asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "l"(from));
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "l"(from));
 }
 FCM_DEVICE void load_constants(u32 (&r)[2], const void* from) {
-  asm("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(from));
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(from));
 }
 
 // `x` of the lane whose number differs in the bits of `mask`; all lanes of the warp must be here.
