@@ -82,8 +82,9 @@ def chain(row: dict[str, Any]) -> Chain:
         layers.append(layer("dw", "depthwise", spec["c_mid"], spec["c_mid"]))
     if spec["project"]:
         layers.append(layer(KINDS[spec["project"]], "project", spec["c_mid"], spec["c_out"]))
-    if spec.get("norm_epsilon"):
-        layers[0] = replace(layers[0], normed=True)
+    options = {"mean": spec.get("mean", False), "scaled": spec.get("scaled", False)}
+    layers[0] = replace(layers[0], normed=bool(spec.get("norm_epsilon")), **options)
+    layers[-1] = replace(layers[-1], pool=spec.get("pool", False))
     width = row.get("W", row["H"])
     return Chain(tuple(layers), row["B"], row["H"], width, "float16" if spec["type"] == 0 else "float32")
 

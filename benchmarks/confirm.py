@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
+import math
 import os
 import random
 import subprocess
@@ -235,8 +236,19 @@ def case_of(chain: Chain) -> Case:
               PARAMETERS.get(s.activation, (0.0, 0.0)))
         for s in chain.layers
     )  # fmt: skip
-    nchw = reads_nchw(whole(chain))
-    return Case(stages, "float16", chain.batch, chain.height, chain.width, chain.layers[-1].residual, input_nchw=nchw)
+    seg = whole(chain)
+    height, width = map_of(seg)
+    return Case(
+        stages, chain.dtype if chain.dtype == "float16" else "tf32", chain.batch, height, width, seg.residual,
+        input_nchw=reads_nchw(seg), mean=seg.mean, scaled=seg.scaled, pool=seg.pool,
+        norm_epsilon=1e-6 if seg.normed else 0.0,
+    )  # fmt: skip
+
+
+def map_of(seg: Segment) -> tuple[int, int]:
+    """Height and width of X as the module is measured."""
+    shape = x_shape(seg)
+    return shape[2:] if reads_nchw(seg) else shape[1:3]
 
 
 def text_of(entry: Entry, gpu: Gpu) -> str:
@@ -283,11 +295,13 @@ def launch(args: argparse.Namespace) -> None:
                 for vector in ("bias", "slope"):
                     given[f"{part}_{vector}"] = allocate(4 * host.library.vector_length(k, place))
             y = written(seg)
-            x = seg.element * seg.batch * seg.height * seg.width * seg.c_in
-            sizes = {n: shape[n] for n in ("mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y")}
+            height, width = map_of(seg)
+            sums = seg.element * seg.batch * shape["pool_rows"] * seg.c_out
+            sizes = {n: shape[n] for n in ("mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y", "pool_rows")}
             params = Params(
-                x=allocate(x), y=allocate(y), residual=allocate(y) if seg.residual else None,
-                batch=seg.batch, in_h=seg.height, in_w=seg.width, **sizes, **given,
+                x=allocate(seg.element * math.prod(x_shape(seg))), y=allocate(y), residual=allocate(y) if seg.residual else None,
+                scale=allocate(seg.element * seg.batch * seg.c_in) if seg.scaled else None,
+                pool=allocate(sums) if seg.pool else None, batch=seg.batch, in_h=height, in_w=width, **sizes, **given,
             )  # fmt: skip
             grid = (shape["grid_x"], shape["grid_y"], shape["grid_z"])
             cuda.launch(function, grid, shape["threads"], shape["shared_bytes"], params)

@@ -25,6 +25,7 @@ ACTIVATIONS = (
     "tanh",
 )  # fmt: skip
 PARTS = ("first", "depthwise", "project")
+OPTIONS = ("mean", "scaled", "norm_epsilon", "pool")  # of Case and fcm::Spec; absent where they are not there
 SIDES = ("top", "left", "bottom", "right")
 
 
@@ -67,8 +68,7 @@ def spec(case: Case) -> dict[str, Any]:
             fields |= {f"{part}_window.{what}_{axis}": v for axis, v in zip("hw", getattr(stage, what), strict=True)}
         fields |= {f"{part}_window.pad_{side}": v for side, v in zip(SIDES, stage.pads, strict=True)}
         fields |= _activation(part, stage.activation, stage.params)
-    if case.norm_epsilon:
-        fields["norm_epsilon"] = case.norm_epsilon
+    fields |= {name: getattr(case, name) for name in OPTIONS if getattr(case, name)}
     if case.output_activation != "none":
         fields |= _activation("output", case.output_activation, case.output_params)
     return fields | {f"tile.{k}": int(v) for k, v in (item.split("=") for item in case.tile.split())}
@@ -104,5 +104,5 @@ def case(row: dict[str, Any]) -> Case:
     return Case(
         tuple(stage(part) for part in used), TYPES[fields["type"]], row["B"], row["H"], row.get("W", row["H"]),
         fields["residual"], output, params, fields["input_nchw"], fields["output_nchw"], tile(row),
-        norm_epsilon=fields.get("norm_epsilon", 0.0),
+        **{name: fields[name] for name in OPTIONS if name in fields},
     )  # fmt: skip
