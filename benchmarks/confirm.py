@@ -299,7 +299,8 @@ def launch(args: argparse.Namespace) -> None:
             sums = seg.element * seg.batch * shape["pool_rows"] * seg.c_out
             sizes = {n: shape[n] for n in ("mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y", "pool_rows")}
             params = Params(
-                x=allocate(seg.element * math.prod(x_shape(seg))), y=allocate(y), residual=allocate(y) if seg.residual else None,
+                x=allocate(seg.element * math.prod(x_shape(seg))), y=allocate(y),
+                residual=allocate(y) if seg.residual else None,
                 scale=allocate(seg.element * seg.batch * seg.c_in) if seg.scaled else None,
                 pool=allocate(sums) if seg.pool else None, batch=seg.batch, in_h=height, in_w=width, **sizes, **given,
             )  # fmt: skip
@@ -486,7 +487,8 @@ def time_table(data: Entry) -> list[str]:
 
 def lost(entry: Entry, modules: list[Entry], gpu: Gpu) -> tuple[float, float] | None:
     """Microseconds of a chain as planned, and of its best segmentation, both with measured times; layers left to stock
-    and layout changes count as estimated. None where a segment has not been timed."""
+    and layout changes count as estimated. None where a segment has not been timed, or where the planner of today would
+    not have its tile."""
     chain = chain_of(entry)
     us = {
         (int(a), int(b)): modules[i]["tiles"][0][2]
@@ -496,14 +498,15 @@ def lost(entry: Entry, modules: list[Entry], gpu: Gpu) -> tuple[float, float] | 
     if len(us) < len(entry["modules"]):
         return None
 
-    def modules_of(first: int, last: int) -> list[Module]:
-        if (first, last) not in us:
-            return []
+    timed = {}
+    for (first, last), time_us in us.items():
         tile = Tile.parse(modules[entry["modules"][f"{first}-{last}"]]["tiles"][0][0])
         module = module_of(chain, gpu, first, last, tile)
-        return [replace(module, time_us=us[first, last])] if module else []
+        if module is None:
+            return None
+        timed[first, last] = [replace(module, time_us=time_us)]
 
-    best: Plan = plan_chain(chain, gpu, modules_of=modules_of)
+    best: Plan = plan_chain(chain, gpu, modules_of=lambda first, last: timed.get((first, last), []))
     inside = {i for first, last in entry["plan"] for i in range(first, last + 1)}
     left = [i for i in range(len(chain.layers)) if i not in inside]
     edges = [i for i in range(1, len(chain.layers)) if (i in inside) != (i - 1 in inside)]
