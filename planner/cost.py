@@ -41,7 +41,7 @@ class Priors:
     warp_clocks: float = 180.1  # the same, for each warp of the thread block: the slowest keeps all waiting
     stream_warp_clocks: float = 24.44  # the same, of a lone dense stage
     wgmma_block_clocks: float = 546.7  # of a thread block with wgmma, once
-    split_clocks: float = 2558  # of a cluster: its barriers and the partial sums through distributed shared memory
+    split_clocks: float = 3200  # of a cluster: its barriers and the partial sums through distributed shared memory
     turn_share: float = 0.7771  # of a tile's latency that one after it takes, whose input was fetched ahead
     tail_rounds: float = 0.1571  # rounds lost where thread blocks do not all fit the GPU at once
     dispatch_clocks: float = 483.3  # in which an SM starts a thread block
