@@ -548,8 +548,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         if not seg.project:  # stores follow at once, and the next pixels' loads before them
             large = seg.depthwise.taps > 9
             pixels = max(pixels, 12 if tile.patch_h <= 4 else 18) + (12 * max(seg.depthwise.stride) if large else 0)
-            if large and seg.element == 4 and tile.resident:
-                pixels += 32
+            if large and seg.element == 4:
+                pixels += 32 if tile.resident else 52 if gpu.sm < 80 else 0
             if _ACTIVATION[seg.depthwise.activation] > 8:  # all pixels' exponentials at once
                 pixels += 8
         depthwise = 4 * min(seg.depthwise.taps, 9) + pixels * tile.patch_h + 4
@@ -595,6 +595,11 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             kept += 14 * tile.patch_h
         if gpu.sm >= 100 and seg.depthwise and not seg.first:  # places of copies
             kept += 32
+        if gpu.sm < 90 and seg.depthwise and seg.project:  # of weights, too
+            if seg.first and seg.element == 4 and seg.depthwise.taps > 9:
+                kept += 44
+            if _ACTIVATION[seg.depthwise.activation] > 8:
+                kept += 24
         if seg.pool:  # weights are the same for every tile, and held if they can be
             kept += 96 if stem else 16
     base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 100 else 0)

@@ -97,7 +97,7 @@ def tiles(seg: Segment, gpu: Gpu) -> Iterator[Tile]:
     for images in (1, 2, 4, 8, 16):
         if images >= 2 * seg.batch:
             break
-        for warps in (4, 8, 16):
+        for warps in (4, 8, 16) if gpu.sm < 100 else (4, 8):  # whose assembler gathers more loads
             for split in (1, 2, 4, 8) if gpu.sm >= 90 else (1,):
                 for resident in (0, 1):
                     yield Tile(tile_h=1, tile_w=1, images=images, warps_m=warps, split=split, resident=resident)
