@@ -117,7 +117,8 @@ Vector = NDArray[np.float64]
 def fit(chosen: list[Problem], card: Gpu, priors: Priors, steps: int = 40) -> Priors:
     """Levenberg-Marquardt on the logarithms of the constants; the residuals are logarithms of time, and count by how
     near a tile is to its problem's best."""
-    rows = [(p.seg, t, best(p) / t.us) for p in chosen for t in p.timings.values()]
+    modelled = [p for p in chosen if not p.seg.gate]  # gates have a model of their own
+    rows = [(p.seg, t, best(p) / t.us) for p in modelled for t in p.timings.values()]
     measured = np.log([t.us for _, t, _ in rows])
     weight = np.array([w for _, _, w in rows])
     stay = 1e-3 * np.sqrt(float(np.sum(weight**2)))  # keeps what the data do not tell near where it was

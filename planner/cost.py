@@ -23,28 +23,28 @@ class Priors:
     (benchmarks/calibrate.py)."""
 
     dram_share: float = 0.90  # of memory_gbps that a copy reaches: 4.3 of 4.8 TB/s
-    l2_share: float = 1.106  # of l2_gbps, itself an estimate of what is reached
+    l2_share: float = 1.054  # of l2_gbps, itself an estimate of what is reached
     tensor_share: float = 1.0  # of the rate of mma.sync
     plain_share: float = 0.65  # of an SM's multiply-adds that products reach where there are no tensor cores
-    overlap: float = 1.609  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
-    copy_instructions: float = (
-        22.27  # a warp's 512 bytes of asynchronous copies under a depthwise: addresses, predicates
-    )
-    gather_instructions: float = 123.2  # a 16-pixel tile of `first`: its places, and loading its input
-    staged_instructions: float = 300.3  # the same, from a stem's input in shared memory
-    store_instructions: float = 4.199  # a register of the output: bias, residual, address, store
-    clocks_per_instruction: float = 2.311  # of one warp alone
-    product_clocks: float = 7.118  # the same, of a tensor-core product
-    wgmma_clocks: float = 2.367  # the same, of 8 channels of a product of 64 pixels
-    fragment_clocks: float = 93.7  # the same, of loading a fragment of `first` that goes to shared memory
-    step_clocks: float = 296.1  # of a chunk step: its barrier, and the copies' latency that is not hidden
-    warp_clocks: float = 180.1  # the same, for each warp of the thread block: the slowest keeps all waiting
-    stream_warp_clocks: float = 24.44  # the same, of a lone dense stage
-    wgmma_block_clocks: float = 546.7  # of a thread block with wgmma, once
-    split_clocks: float = 3200  # of a cluster: its barriers and the partial sums through distributed shared memory
-    turn_share: float = 0.7771  # of a tile's latency that one after it takes, whose input was fetched ahead
-    tail_rounds: float = 0.1571  # rounds lost where thread blocks do not all fit the GPU at once
-    dispatch_clocks: float = 483.3  # in which an SM starts a thread block
+    overlap: float = 1.657  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
+    copy_instructions: float = 27.05  # a warp's 512 bytes of asynchronous copies under a depthwise: addresses
+    gather_instructions: float = 166.9  # a 16-pixel tile of `first`: its places, and loading its input
+    staged_instructions: float = 329.9  # the same, from a stem's input in shared memory
+    store_instructions: float = 5.767  # a register of the output: bias, residual, address, store
+    sum_instructions: float = 24.76  # a register of partial sums that goes to another thread block of a cluster
+    factor_instructions: float = 80.92  # a warp's 512 bytes of X times their factors
+    clocks_per_instruction: float = 2.027  # of one warp alone
+    product_clocks: float = 6.927  # the same, of a tensor-core product
+    wgmma_clocks: float = 1.608  # the same, of 8 channels of a product of 64 pixels
+    fragment_clocks: float = 72.02  # the same, of loading a fragment of `first` that goes to shared memory
+    step_clocks: float = 270.9  # of a chunk step: its barrier, and the copies' latency that is not hidden
+    warp_clocks: float = 209.1  # the same, for each warp of the thread block: the slowest keeps all waiting
+    stream_warp_clocks: float = 35.75  # the same, of a lone dense stage
+    wgmma_block_clocks: float = 359.6  # of a thread block with wgmma, once
+    split_clocks: float = 1923  # of a cluster: its barriers
+    turn_share: float = 0.7922  # of a tile's latency that one after it takes, whose input was fetched ahead
+    tail_rounds: float = 0.2214  # rounds lost where thread blocks do not all fit the GPU at once
+    dispatch_clocks: float = 486.5  # in which an SM starts a thread block
     launch_us: float = 1.2  # of a kernel in a captured graph
     base_registers: int = 52  # addresses, counters, pipeline state
     gathered_registers: int = 60  # from sm_100 on, the assembler gathers more loads
@@ -64,8 +64,9 @@ class Priors:
 PRIORS = Priors()
 FITTED = (
     "overlap", "l2_share", "copy_instructions", "gather_instructions", "staged_instructions", "store_instructions",
-    "clocks_per_instruction", "product_clocks", "wgmma_clocks", "fragment_clocks", "step_clocks", "warp_clocks",
-    "stream_warp_clocks", "wgmma_block_clocks", "split_clocks", "turn_share", "tail_rounds", "dispatch_clocks",
+    "sum_instructions", "factor_instructions", "clocks_per_instruction", "product_clocks", "wgmma_clocks",
+    "fragment_clocks", "step_clocks", "warp_clocks", "stream_warp_clocks", "wgmma_block_clocks", "split_clocks",
+    "turn_share", "tail_rounds", "dispatch_clocks",
 )  # fmt: skip
 
 # By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
@@ -679,6 +680,7 @@ class Work(NamedTuple):
     values: float  # a step's plain instructions on values: the depthwise, activations
     loads: float  # a step's vectors from shared memory, 512 bytes
     stores: float  # a step's vectors to shared memory
+    factors: float  # a step's vectors of X that are multiplied by factors
     copies: float  # a step's asynchronous copies of X, 512 bytes
     weight_copies: float  # the same, of weights
     tiles: float  # 16-pixel tiles of `first` that a warp prepares, once a tile; a mean
@@ -687,6 +689,7 @@ class Work(NamedTuple):
     waiting: float  # clocks in which it waits for that input
     ends: float  # registers of output, and of a residual, that a warp stores or loads, once a tile
     end_values: float  # its plain instructions on them
+    sums: float  # registers of partial sums that it sends, once a tile
     recompute: float
 
 
@@ -750,7 +753,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     row = 32 / 512 / 4  # vectors of a warp that one of four reads: half a group of a pixel or channel
     copied = copied_weights = 0  # bytes that cp.async brings in a step, whole thread block
     # The kernels clip the halo region to the map, and warps without a tile of it skip `first`: the mean of a warp.
-    tiles = fragments = 0.0
+    tiles = fragments = factors = 0.0
     if seg.first:
         rows = round_up(ceil_div(mid_pixels, spatial), 64 if t.wgmma else 16) // 16
         tiles = min(_first_tiles(seg, t), rows / warps) if layer else t.patch_h
@@ -802,7 +805,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
             else:
                 stores += passed / t.warps_n
         if seg.scaled:
-            values += groups * t.patch_h * 2 * 5
+            factors = groups * t.patch_h * 2.0
         if seg.takes_moments:  # three products, beside those of warpgroups too
             moments = groups * 2 * t.patch_h * 3
             if t.wgmma:
@@ -835,8 +838,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     return Work(
         spatial * apart, spatial_blocks * apart, ceil_div(spatial, spatial_blocks), busy, warps, steps, t.split,
         int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, products, operands,
-        values, loads, stores, copied / 512 / warps, copied_weights / 512 / warps, tiles, fragments, adding, waiting,
-        ends, end_values, max(1.0, done / seg.multiply_adds),
+        values, loads, stores, factors, copied / 512 / warps, copied_weights / 512 / warps, tiles, fragments, adding,
+        waiting, ends, end_values, accumulators(seg, t) * (1 - 1 / t.split), max(1.0, done / seg.multiply_adds),
     )  # fmt: skip
 
 
@@ -849,9 +852,10 @@ def times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors = PRIORS)
     if gpu.sm < 90:  # from there on, one thread asks for a chunk's
         copies += w.weight_copies
     loading = priors.staged_instructions if seg.stem else priors.gather_instructions
-    plain = w.values + w.loads + w.stores + priors.copy_instructions * copies
+    plain = w.values + w.loads + w.stores
+    plain += priors.copy_instructions * copies + priors.factor_instructions * w.factors
     tile = w.steps * plain + loading * w.tiles + w.adding
-    tile += priors.store_instructions * w.ends + w.end_values
+    tile += priors.store_instructions * w.ends + w.end_values + priors.sum_instructions * w.sums
     multiplying = 0.1 if w.operands else 1 if on_tensor else 33
     issued = w.turns * (tile + w.steps * w.products * multiplying)
     step = priors.step_clocks + (priors.stream_warp_clocks if seg.streams else priors.warp_clocks) * w.warps
