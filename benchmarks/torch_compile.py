@@ -29,13 +29,14 @@ def measure(name: str, dtype: str, batch: int, runs: int) -> dict[str, Any]:
 
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
+    torch.compiler.reset()  # else a second batch would be compiled for any
     kind = getattr(torch, dtype)
     size = SIZES.get(name, 224)
     model = timm.create_model(name).eval().cuda().to(kind).to(memory_format=torch.channels_last)
     x = torch.randn(batch, 3, size, size, device="cuda", dtype=kind).to(memory_format=torch.channels_last)
     times = []
     with torch.inference_mode():
-        compiled = torch.compile(model, mode="reduce-overhead")
+        compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)
         for i in range(20 + runs):
             torch.cuda.synchronize()
             begin = time.perf_counter()
