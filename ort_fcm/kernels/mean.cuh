@@ -1,5 +1,6 @@
 // The mean of X over its map. Threads take runs of channels of an image; where there are more threads than runs,
-// several share the rows of one, and their sums are added in one order, so that the bits never change.
+// several share the rows of one, and their sums are added in one order. How many share depends on the tile alone, not
+// on how many images there are for it, so that an image's bits never change.
 #pragma once
 
 #include "input.cuh"
@@ -32,15 +33,17 @@ struct Mean {
     }
   }
 
-  // Calls store(image, vector, i, mean) for each of `images` images from image0 on, `vectors` runs of channels, of
-  // which each starts at channel(vector), and place in a run. `parts` is room for a float a thread and place.
+  // Calls store(image, vector, i, mean) for each of `images` images from image0 on (a tile's, or those left of them),
+  // `vectors` runs of channels, of which each starts at channel(vector), and place in a run. `parts` has room for a
+  // float a thread and place.
   template <class Channel, class Store>
   FCM_DEVICE static void run(const Params& p, int image0, int images, int vectors, float* parts, Channel channel,
                              Store store) {
-    const int items = images * vectors, slots = min(kThreads / items, p.in_h * p.in_w);
+    const int items = S.tile.images * vectors, slots = min(kThreads / items, p.in_h * p.in_w);
     const float scale = 1.f / ((float)p.in_h * (float)p.in_w);
     for (int i = thread_index(); i < items * max(1, slots); i += kThreads) {
       const int slot = i / items, item = i - slot * items, image = item / vectors, vector = item - image * vectors;
+      if (image >= images) continue;
       float sum[kLane] = {};
       add(sum, p, image0 + image, slot, max(1, slots), channel(vector));
       FCM_UNROLL
@@ -55,6 +58,7 @@ struct Mean {
     block_sync();
     for (int i = thread_index(); i < items * kLane; i += kThreads) {
       const int item = i / kLane, image = item / vectors;
+      if (image >= images) continue;
       float sum = 0;
       for (int slot = 0; slot < slots; ++slot) sum += parts[slot * items * kLane + i];
       store(image, item - image * vectors, i % kLane, sum * scale);

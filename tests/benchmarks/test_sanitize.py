@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,3 +138,15 @@ def test_what_the_driver_refuses_is_counted(run: Any, few: list[Trial], capsys: 
 def test_time_runs_out(run: Any, few: list[Trial], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(LIMIT, 1.0, "--seconds", "0")[0] == 1
     assert f": 0 ran, 0 wrong, 0 refused, 0 not compiled, {len(few)} left" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", ["memcheck", "racecheck", "neither"])
+def test_both_tools_run_whatever_the_first_finds(tmp_path: Path, wrong: str) -> None:
+    for name, text in (("compute-sanitizer", f'echo "ran $2"; [ "$2" != {wrong} ]'), ("python", 'echo "prepared $3"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python")}
+    script = Path(sanitize.__file__).with_suffix(".sh")
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True)
+    assert [line for line in done.stdout.splitlines() if line.startswith("ran")] == ["ran memcheck", "ran racecheck"]
+    assert done.returncode == (0 if wrong == "neither" else 1), done.stderr

@@ -187,7 +187,17 @@ def cases(seed: int, random_cases: int) -> list[Case]:
         wanted = {tuple(option.split("=")) for option in options}
         drawn.append(next(case for case in flagged if wanted <= set(case.fields)))
     drawn += [warpgroups(rng, chain, "tf32") for chain in WARPGROUP_CHAINS]
+    drawn += [_fewer_images(rng, chain) for chain in ("mean-pw", "mean-pw-pw") * 2]
     return drawn + [draw(rng, rng.choice(CHAINS), rng.choice(TYPES)) for _ in range(random_cases)]
+
+
+def _fewer_images(rng: random.Random, chain: str) -> Case:
+    """A mean in float32 whose last thread block has fewer images than the others."""
+    for case in (draw(rng, chain, "float32") for _ in range(10000)):
+        images = int(dict(case.fields)["tile.images"])
+        if case.batch > images and case.batch % images and case.height * case.width > 16:
+            return case
+    raise AssertionError("none drawn")
 
 
 def warpgroups(rng: random.Random, chain: str, type_: str) -> Case:
