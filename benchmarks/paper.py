@@ -1,14 +1,15 @@
 """The paper's table again: its layer pairs, as the planner has them run against stock ONNX Runtime, at batch 1.
 
     python -m benchmarks.paper prepare [--jobs FILE] [--gpu H200]   (no GPU needed)
-    python -m benchmarks.paper run [--jobs FILE] [--seconds 150] [--out FILE]
+    python -m benchmarks.paper run [--jobs FILE] [--seconds 240] [--out FILE]
 
 The pairs are those of benchmarks/paper_pairs.csv that can be fused, equal ones once, in float16 and float32 (TF32).
 Stock: the CUDA provider, cuDNN's algorithms searched exhaustively, at the faster of NCHW and NHWC (whose input and
 output are NHWC then, as inside a network), its runs captured in a CUDA graph; activations are nodes of their own. Ours:
 the planned module, or modules where the planner does not fuse. Times are those of one run of many in a replayed graph;
-accesses are ncu's `lts__t_bytes` with cold caches, summed over a run's kernels. `run` measures, as far as `--seconds`
-go, our times, our accesses, stock's times and stock's accesses; `python -m benchmarks.table` makes docs/paper.md.
+accesses are ncu's `lts__t_bytes` with cold caches, summed over a run's kernels. `run` measures our times and our
+accesses (half a minute on an H200), and, as far as `--seconds` go, stock's times and then its accesses, pair by pair in
+an order drawn at random; `python -m benchmarks.table` makes docs/paper.md.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import math
+import random
 import statistics
 import sys
 import time
@@ -41,6 +43,7 @@ JOBS = Path("build") / "paper_jobs.json.xz"
 DTYPES = ("float16", "float32")
 LINEAR = ("MobileNetV2", "ProxylessNAS-GPU")  # whose projections to fewer channels have no activation
 RUNS = 20  # in a graph
+TIMED = 0.6  # share of what is left of `--seconds` for stock, in which its times are taken
 TYPES = {"float16": TensorProto.FLOAT16, "float32": TensorProto.FLOAT}
 
 
@@ -169,14 +172,20 @@ class Stock:
         self.session.run_with_iobinding(self.binding, self.options)
 
 
+def drawn(jobs: Entry) -> list[Entry]:
+    """The pairs in the order in which stock is measured, so that an early end leaves some of every network."""
+    return random.Random(0).sample(jobs["chains"], len(jobs["chains"]))
+
+
 def stock_times(jobs: Entry, deadline: float) -> None:
-    """Adds the microseconds of either layout to each pair. FcmError where none of the first few can be timed."""
+    """Adds the microseconds of either layout to each pair. FcmError where none of the first few can be timed, or where
+    there is no time for any."""
     from benchmarks.driver import Cuda
 
     bench.require_provider("cuda")
     cuda = Cuda()
     faults: list[str] = []
-    for entry in jobs["chains"]:
+    for entry in drawn(jobs):
         if time.monotonic() > deadline:
             break
         entry["stock"] = {}
@@ -194,6 +203,10 @@ def stock_times(jobs: Entry, deadline: float) -> None:
                 faults.append(f"{layout}: {' '.join(str(error).split())[:300]}")
         if len(faults) >= 6 and not any(other.get("stock") for other in jobs["chains"]):
             raise FcmError(f"stock could not be timed: {faults[0]}; {faults[1]}")
+    timed = sum(bool(entry.get("stock")) for entry in jobs["chains"])
+    print(f"{timed} of {len(jobs['chains'])} pairs timed in stock", flush=True)
+    if not timed:
+        raise FcmError("no time was left for stock: --seconds must be more")
     if faults:
         print(f"{len(faults)} sessions of stock failed, the first with {faults[0]}", file=sys.stderr)
 
@@ -204,7 +217,7 @@ def launch(args: argparse.Namespace) -> None:
 
     cuda, deadline = Cuda(), time.monotonic() + args.seconds
     mark = ncu.Mark(cuda)
-    for entry in confirm.read(args.jobs)["chains"]:
+    for entry in drawn(confirm.read(args.jobs)):
         times = entry.get("stock") or {}
         if not times:
             continue
@@ -219,14 +232,18 @@ def launch(args: argparse.Namespace) -> None:
 
 
 def stock_traffic(jobs: Entry, path: Path, seconds: float) -> None:
-    """Adds the sums of the counters over a run's kernels to each pair that was timed."""
+    """Adds the sums of the counters over a run's kernels to each pair that was timed. FcmError where none was, and what
+    benchmarks.ncu raises."""
+    timed = [entry for entry in drawn(jobs) if entry.get("stock")]
+    if not timed:
+        raise FcmError("stock's accesses are counted of pairs that were timed, and none was")
     confirm.write(path, jobs)
     command = [sys.executable, "-m", "benchmarks.paper", "launch", "--jobs", str(path), "--seconds", str(seconds)]
     found = ncu.groups(ncu.profile(command, ["--profile-from-start", "off"]))
-    timed = [entry for entry in jobs["chains"] if entry.get("stock")]
     for entry, kernels in zip(timed, found, strict=False):
         entry["counted"] = total(kernels)
         entry["kernels"] = [str(kernel["kernel"])[:60] for kernel in kernels]
+    print(f"accesses of {min(len(found), len(timed))} of {len(timed)} pairs counted in stock", flush=True)
 
 
 def total(kernels: list[ncu.Kernel]) -> dict[str, float]:
@@ -324,10 +341,14 @@ def run(args: argparse.Namespace) -> None:
     jobs = confirm.read(args.jobs)
     jobs["environment"] = bench.environment()
     print(f"{dict(confirm.timing(jobs, started + args.seconds))} in {time.monotonic() - started:.0f} s", flush=True)
+
+    def left() -> float:
+        return float(started + args.seconds - time.monotonic())
+
     parts: list[Callable[[], None]] = [
         lambda: confirm.traffic(jobs, args.jobs),
-        lambda: stock_times(jobs, started + 0.7 * args.seconds),
-        lambda: stock_traffic(jobs, args.jobs, started + args.seconds - time.monotonic()),
+        lambda: stock_times(jobs, time.monotonic() + TIMED * left()),
+        lambda: stock_traffic(jobs, args.jobs, left()),
     ]
     for part in parts:
         try:
@@ -344,7 +365,7 @@ def main() -> int:
     parser.add_argument("command", choices=["prepare", "run", "launch", "show"])
     parser.add_argument("--jobs", type=Path, default=JOBS)
     parser.add_argument("--gpu", default="H200")
-    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return confirm.perform(parser.parse_args(), prepare, launch, run, [render])
 

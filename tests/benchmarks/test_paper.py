@@ -13,6 +13,7 @@ from ort_fcm.planner import gpu
 
 from benchmarks import confirm, paper
 from benchmarks.convolution import activate, conv2d
+from ort_fcm.errors import FcmError
 
 H200 = gpu("H200")
 
@@ -81,3 +82,44 @@ def test_a_table_of_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     confirm.write(tmp_path / "paper.json.xz", data)
     assert "| -" in paper.render(tmp_path / "paper.json.xz")
     assert paper.render(tmp_path / "none") == "Not measured yet.\n"
+
+
+def test_stocks_accesses_are_of_the_pairs_that_were_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where none was, ncu has nothing to look at; else the groups are in the order in which `launch` runs them."""
+    chosen = paper.rows()[:6]
+    monkeypatch.setattr(paper, "rows", lambda: chosen)
+    jobs: dict[str, Any] = paper.prepare(argparse.Namespace(gpu="H200"))
+    launched: list[str] = []
+
+    class Kernels:
+        """A session that says which pair it is of, and a mark after each run."""
+
+        def __init__(self, _: Any, chain: Any, nhwc: bool) -> None:
+            self.name = f"{confirm.name_of(chain)} {chain.dtype} {nhwc}"
+
+        def run(self) -> None:
+            launched.append(self.name)
+
+    class Driver:
+        def call(self, *_: Any) -> None: ...
+        def synchronise(self) -> None: ...
+
+    def profile(command: list[str], _: Any) -> list[dict[str, Any]]:
+        jobs_file = Path(command[command.index("--jobs") + 1])
+        paper.launch(argparse.Namespace(jobs=jobs_file, seconds=60.0))
+        return [{"kernel": name, "lts__t_bytes.sum": 1.0} for name in launched]
+
+    monkeypatch.setattr(paper, "Stock", Kernels)
+    monkeypatch.setattr("benchmarks.driver.Cuda", Driver)
+    monkeypatch.setattr(paper.ncu, "Mark", lambda _: lambda: launched.append(paper.ncu.MARK))
+    monkeypatch.setattr(paper.ncu, "profile", profile)
+    with pytest.raises(FcmError, match="none was"):
+        paper.stock_traffic(jobs, tmp_path / "jobs.json.xz", 60.0)
+    assert not launched
+    for entry in jobs["chains"][::2]:
+        entry["stock"] = {"NCHW": 2.0, "NHWC": 1.0}
+    paper.stock_traffic(jobs, tmp_path / "jobs.json.xz", 60.0)
+    for i, entry in enumerate(jobs["chains"]):
+        chain = confirm.chain_of(entry)
+        expected = [f"{confirm.name_of(chain)} {chain.dtype} True"[:60]]
+        assert entry.get("kernels", []) == ([] if i % 2 else expected)
