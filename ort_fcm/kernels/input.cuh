@@ -95,7 +95,7 @@ struct Input {
     static constexpr int kTapColumns = first_columns(S), kTaps = W.kernel_h * kTapColumns, kSteps = first_steps(S),
                          kGroups = ceil_div(kSteps, 2);
     const char* from;
-    int taps[stages_input(S) ? kGroups : 1][L::kLane];  // offsets of this lane's share of the reduction
+    int taps[stages_input(S) ? kGroups : 1][L::kLane];  // byte offsets of this lane's share of the reduction
 
     // The first column that a halo region's windows read, and what lies in front of it in a row.
     FCM_DEVICE static int left(int x) { return x * W.stride_w - W.pad_left - first_lead(S); }
@@ -109,56 +109,72 @@ struct Input {
           for (int i = 0; i < L::kLane; ++i) {
             const int k = kg * L::kGroup + L::column() * share(kg) + i;
             const int c = k / kTaps, ky = k % kTaps / kTapColumns, kx = k % kTapColumns;
-            taps[kg][i] = k < first_depth(S) ? (c * kRows + ky * W.dilation_h) * kPitch + kx * W.dilation_w : 0;
+            const int tap = (c * kRows + ky * W.dilation_h) * kPitch + kx * W.dilation_w;
+            taps[kg][i] = k < first_depth(S) ? tap * L::kElement : 0;
           }
         }
       }
     }
     static constexpr int share(int kg) { return kSteps % 2 && kg == kSteps / 2 ? L::kLane / 2 : L::kLane; }
 
-    // `y`, `x`: the halo region's corner on the middle map.
-    FCM_DEVICE static void copy(const Params& p, char* to, int image0, int images, int y, int x) {
-      const int top = y * W.stride_h - W.pad_top, first = left(x) - lead(x);
-      if (S.input_nchw && p.in_w % kVector == 0)
-        copy_columns<kVector, ceil_div(staged_columns(S), kVector)>(p, to, image0, images, top, first);
-      else
-        copy_columns<1, staged_columns(S)>(p, to, image0, images, top, first);
+    // Vectors of 16 bytes that lie in X or outside of it, where rows of X are made of them.
+    FCM_DEVICE static bool copies_vectors(const Params& p) { return S.input_nchw && p.in_w % kVector == 0; }
+    static constexpr int kVectors = ceil_div(staged_columns(S), kVector), kLines = S.tile.images * S.c_in * kRows,
+                         kEach = ceil_div(kLines * kVectors, threads(S));
+    // Each thread's vectors, as elements of X from image `at.image0` on, or negative.
+    FCM_DEVICE static void find(const Params& p, int (&vectors)[kEach], const T& at) {
+      FCM_UNROLL
+      for (int e = 0; e < kEach; ++e) {
+        const int i = e * threads(S) + thread_index();
+        vectors[e] = element_at(p, at, i / kVectors, i % kVectors * kVector);
+      }
     }
-    // Column by column, or by vectors that lie in X or outside of it.
-    template <int WIDTH, int COLUMNS>
-    FCM_DEVICE static void copy_columns(const Params& p, char* to, int image0, int images, int top, int first) {
-      constexpr int kAll = S.tile.images * S.c_in * kRows * COLUMNS;
-      for (int i = thread_index(); i < kAll; i += threads(S)) {
-        const int column = i % COLUMNS * WIDTH, line = i / COLUMNS, row = line % kRows, plane = line / kRows;
-        const int c = plane % S.c_in, image = plane / S.c_in, sy = top + row, sx = first + column;
-        const bool valid = image < images && sy >= 0 && sy < p.in_h && sx >= 0 && sx < p.in_w;
-        char* place = to + (line * kPitch + column) * L::kElement;
-        if constexpr (WIDTH > 1) {
-          const long long at = (((long long)(image0 + image) * S.c_in + c) * p.in_h + sy) * p.in_w + sx;
-          copy_async(place, (const char*)p.x + (valid ? at * L::kElement : 0), valid);
-        } else {
-          const u32 e = valid ? element(p, image0 + image, c, sy, sx) : 0;
+    FCM_DEVICE static int element_at(const Params& p, const T& at, int line, int column) {
+      const int row = line % kRows, plane = line / kRows, image = plane / S.c_in, c = plane - image * S.c_in;
+      const int y = at.halo_y() * W.stride_h - W.pad_top + row, x = left(at.halo_x()) - lead(at.halo_x()) + column;
+      const bool valid = image < at.images && y >= 0 && y < p.in_h && x >= 0 && x < p.in_w;
+      if (!valid) return -1;
+      return S.input_nchw ? (plane * p.in_h + y) * p.in_w + x : ((image * p.in_h + y) * p.in_w + x) * S.c_in + c;
+    }
+    FCM_DEVICE static void copy(const Params& p, char* to, const int (&vectors)[kEach], const T& at) {
+      const char* from = (const char*)p.x + (long long)at.image0 * S.c_in * p.in_h * p.in_w * L::kElement;
+      if (copies_vectors(p)) {
+        FCM_UNROLL
+        for (int e = 0; e < kEach; ++e) {
+          const int i = e * threads(S) + thread_index(), line = i / kVectors;
+          if ((e + 1) * threads(S) > kLines * kVectors && line >= kLines) break;
+          copy_async(to + (line * kPitch + i % kVectors * kVector) * L::kElement,
+                     vectors[e] >= 0 ? from + (long long)vectors[e] * L::kElement : (const char*)p.x, vectors[e] >= 0);
+        }
+      } else {
+        constexpr int kColumns = staged_columns(S);
+        for (int i = thread_index(); i < kLines * kColumns; i += threads(S)) {
+          const int line = i / kColumns, at_element = element_at(p, at, line, i % kColumns);
+          char* place = to + (line * kPitch + i % kColumns) * L::kElement;
           if constexpr (L::kHalf)
-            *(unsigned short*)place = (unsigned short)e;
+            *(unsigned short*)place = at_element < 0 ? (unsigned short)0 : ((const unsigned short*)from)[at_element];
           else
-            *(u32*)place = e;
+            *(u32*)place = at_element < 0 ? 0 : ((const u32*)from)[at_element];
         }
       }
     }
-    // As load_group of the pixel at (y, x) of the halo region.
-    FCM_DEVICE Vec load(int image, int y, int x, int kg) const {
-      const int pixel = (image * S.c_in * kRows + y * W.stride_h) * kPitch + x * W.stride_w;
+    // The bytes from the halo region's corner to the pixel at (y, x) of it.
+    FCM_DEVICE static int offset(int image, int y, int x) {
+      return ((image * S.c_in * kRows + y * W.stride_h) * kPitch + x * W.stride_w) * L::kElement;
+    }
+    // As load_group of the pixel at `offset`.
+    FCM_DEVICE Vec load(int offset, int kg) const {
       Vec v{};
       FCM_UNROLL
       for (int i = 0; i < L::kLane; ++i) {
         if (i >= share(kg)) continue;
         if constexpr (kPairs) {
-          if (i % 2 == 0) v.r[i / 2] = *(const u32*)((const unsigned short*)from + pixel + taps[kg][i]);
+          if (i % 2 == 0) v.r[i / 2] = *(const u32*)(from + offset + taps[kg][i]);
         } else if constexpr (L::kHalf) {
-          const u32 e = ((const unsigned short*)from)[pixel + taps[kg][i]];
+          const u32 e = *(const unsigned short*)(from + offset + taps[kg][i]);
           v.r[i / 2] |= i % 2 ? e << 16 : e;
         } else {
-          v.r[i] = ((const u32*)from)[pixel + taps[kg][i]];
+          v.r[i] = *(const u32*)(from + offset + taps[kg][i]);
         }
       }
       return L::operand(v);
@@ -179,15 +195,19 @@ struct Input {
     }
   }
 
-  // Where pixels of X are vectors: the first channel of a pixel of the halo region, and of what output pixel (py, side)
-  // of this lane reads, null where there is none.
+  // Where pixels of X are vectors: the first channel of a pixel of the halo region, as its corner's and the pixels from
+  // there; and of what output pixel (py, side) of this lane reads, null where there is none.
   static constexpr bool kWholePixels = vector_input(S) && S.first == Dense::pointwise && !S.scaled;
-  FCM_DEVICE static const char* halo_pixel(const Params& p, const T& at, const typename T::HaloPlace& h) {
+  FCM_DEVICE static const char* halo_corner(const Params& p, const T& at) {
     constexpr Window w = S.first_window;
-    const long long corner =
-        ((long long)at.image0 * p.in_h + at.halo_y() * w.stride_h) * p.in_w + at.halo_x() * w.stride_w;
-    const int pixel = (h.image * p.in_h + h.y * w.stride_h) * p.in_w + h.x * w.stride_w;
-    return (const char*)p.x + corner * (S.c_in * L::kElement) + (long long)pixel * (S.c_in * L::kElement);
+    return address(p, w, at.image0, at.halo_y(), at.halo_x(), 0);
+  }
+  FCM_DEVICE static int halo_offset(const Params& p, int image, int y, int x) {
+    constexpr Window w = S.first_window;
+    return (image * p.in_h + y * w.stride_h) * p.in_w + x * w.stride_w;
+  }
+  FCM_DEVICE static const char* pixel_at(const char* corner, int offset) {
+    return corner + (long long)offset * (S.c_in * L::kElement);
   }
   FCM_DEVICE static const char* output_pixel(const Params& p, const T& at, int py, int side) {
     constexpr Window w = S.project_window;

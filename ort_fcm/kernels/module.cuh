@@ -34,6 +34,7 @@ struct Module {
   static constexpr int kFirstSteps = ceil_div(kFirstDepth, kGroup / 2), kFirstGroups = ceil_div(kFirstSteps, 2);
   static constexpr int kFirstTiles = kFirst ? first_tiles(S) : 1;
   static constexpr bool kFirstRegisters = !kFirst || first_in_registers(S);
+  static constexpr int kFirstRows = S.tile.wgmma && kFirst ? first_rows(S) : 0;
   static constexpr int kWarpGroupsN = kProject ? warp_groups_n(S) : 1;
   static constexpr int kBlocks8 = L::kBlocks8;
   static constexpr int kPackedRow = padded_out(S) / 8 * kFragment;  // project's weights of a group
@@ -66,6 +67,13 @@ struct Module {
 
   // `first`: where the pixels of this lane's tiles go in the halo plane, and their input fragments.
   int halo_offsets[kFirstTiles][2];
+  // Where the same pixels (with wgmma, those that this thread copies) are in X, or in its staged part, from the corner
+  // of the halo region on; negative where there is none. And where this thread's vectors of the staged part are in X.
+  static constexpr bool kKeepsInputs = kAhead && !kWgmma && (stages_input(S) || In::kWholePixels);
+  static constexpr int kFirstCopies = kAhead && kWgmma ? ceil_div(kFirstRows * 4, kThreads) : 1;
+  static constexpr bool kKeepsCopies = kAhead && kWgmma && In::kWholePixels && kFirstCopies <= 12;
+  int input_offsets[kKeepsInputs ? kFirstTiles : 1][2], first_copies[kKeepsCopies ? kFirstCopies : 1];
+  int staged_vectors[stages_input(S) ? In::Staged::kEach : 1];
   typename L::Operand first_input[kFirstRegisters ? kFirstTiles : 1][kFirstRegisters ? kFirstGroups : 1];
   // Without `first`: what this thread copies of the halo region, or the pixels of its fragments.
   static constexpr int kCopies =
@@ -83,7 +91,7 @@ struct Module {
   Moments<C> moments[kMomentsTaken ? P : 1];  // of X's channels, by patch row
 
   FCM_DEVICE explicit Module(const Params& params)
-      : p(params), shared(shared_memory()), place(params, block_x()), place_of_copies(place) {
+      : p(params), shared(shared_memory()), place(params, first_tile_of(block_x())), place_of_copies(place) {
     if constexpr (kProject) {
       chunk0 = S.tile.split > 1 ? block_z() : 0, chunk_step = S.tile.split;
       steps = ceil_div(chunks(S) - chunk0, chunk_step);
@@ -92,6 +100,13 @@ struct Module {
       chunk0 = block_y() * per_block, chunk_step = 1;
       steps = min(per_block, chunks(S) - chunk0);
     }
+  }
+
+  // Tiles of a thread block: its own, or as many of them in a row as its share is.
+  FCM_DEVICE int first_tile_of(int block) const {
+    if constexpr (!kResident) return block;
+    const int tiles = T::count(p), blocks = grid_x(), each = tiles / blocks;
+    return block * each + min(block, tiles - each * blocks);
   }
 
   FCM_DEVICE int chunk(int step) const { return chunk0 + step * chunk_step; }
@@ -292,9 +307,24 @@ struct Module {
       for (int i = 0; i < kFirstTiles; ++i) {
         const int tile = kWgmma ? first_row(i) + L::warp() % 4 * 16 : first_tile(i) * 16;
         FCM_UNROLL
-        for (int side = 0; side < 2; ++side)
-          halo_offsets[i][side] = at.halo_offset(at.halo_pixel(tile + side * 8 + L::row())) + L::column() * 16;
+        for (int side = 0; side < 2; ++side) {
+          const Pixel q = at.halo_pixel(tile + side * 8 + L::row());
+          halo_offsets[i][side] = at.halo_offset(q) + L::column() * 16;
+          if constexpr (kKeepsInputs) {
+            const int image = q.n - at.image0, y = q.y - at.halo_y(), x = q.x - at.halo_x();
+            input_offsets[i][side] =
+                stages_input(S) ? In::Staged::offset(image, y, x) : In::halo_offset(p, image, y, x);
+          }
+        }
       }
+    }
+  }
+  // What is known of a tile's input, as long as it is of the same part of a map.
+  FCM_DEVICE void find_first_input(const T& at) {
+    find_halo(at);
+    if constexpr (kKeepsCopies) {
+      FCM_UNROLL
+      for (int i = 0; i < kFirstCopies; ++i) first_copies[i] = first_copy(at, (i * kThreads + thread_index()) / 4);
     }
   }
   // Where the mean of an image of the tile lies: of the group-th group of this block's channels, lane column's.
@@ -321,18 +351,16 @@ struct Module {
       return;
     }
     [[maybe_unused]] const typename In::Staged staged(shared + kStagedAt, at.halo_x());
+    [[maybe_unused]] const char* corner = kKeepsInputs && !stages_input(S) ? In::halo_corner(p, at) : nullptr;
     FCM_UNROLL
     for (int i = 0; i < kFirstTiles; ++i) {
-      typename T::HaloPlace h[2]{};
-      Pixel q[2];
+      Pixel q[2]{};
       FCM_UNROLL
       for (int side = 0; side < 2; ++side) {
-        if constexpr (S.depthwise) {
-          h[side] = at.halo_place_at(halo_offsets[i][side]);
-          q[side] = {at.image0 + h[side].image, at.halo_y() + h[side].y, at.halo_x() + h[side].x, true};
-        } else {
+        if constexpr (S.depthwise && !kKeepsInputs)
+          q[side] = at.halo_pixel_at(halo_offsets[i][side]);
+        else if constexpr (!S.depthwise)
           q[side] = at.output_pixel(p, L::warp_m(), i, side);
-        }
       }
       FCM_UNROLL
       for (int kg = 0; kg < kFirstGroups; ++kg) {
@@ -340,9 +368,9 @@ struct Module {
         FCM_UNROLL
         for (int side = 0; side < 2; ++side) {
           if constexpr (stages_input(S))
-            v[side] = staged.load(h[side].image, h[side].y, h[side].x, kg);
-          else if constexpr (S.depthwise && In::kWholePixels)
-            v[side] = In::template load_pixel<kFirstDepth>(In::halo_pixel(p, at, h[side]), kg);
+            v[side] = staged.load(input_offsets[i][side], kg);
+          else if constexpr (kKeepsInputs)
+            v[side] = In::template load_pixel<kFirstDepth>(In::pixel_at(corner, input_offsets[i][side]), kg);
           else
             v[side] = In::template load_group<S.first, kFirstDepth>(p, S.first_window, q[side].n, q[side].y, q[side].x,
                                                                     kg, q[side].valid);
@@ -485,7 +513,7 @@ struct Module {
 
   // ---- Products of warpgroups
 
-  static constexpr int kWarpgroups = kThreads / 128, kFirstRows = kWgmma && kFirst ? first_rows(S) : 0;
+  static constexpr int kWarpgroups = kThreads / 128;
   static constexpr int kFirstN = kChunkGroups * kGroup;
   // Tiles of `first` whose results are in registers at once.
   static constexpr int kBatch = min(kFirstTiles, max(1, 64 / (kFirstN / 2)));
@@ -498,25 +526,32 @@ struct Module {
   }
   // X under the halo region: of each group of channels, a row of 64 bytes a pixel.
   FCM_DEVICE void copy_first_input(const T& at) {
-    if constexpr (kWgmma && kFirst) {
-      for (int i0 = 0; i0 < kFirstRows * 4; i0 += kThreads) {
-        const int i = i0 + thread_index(), row = i / 4, column = i % 4;
-        if (row >= round_up(at.halo_pixels(), 64)) break;
-        const Pixel q = at.halo_pixel(row);
+    if constexpr (kAhead && kWgmma) {
+      const int rows = round_up(at.halo_pixels(), 64), column = thread_index() % 4;
+      [[maybe_unused]] const char* const corner = In::halo_corner(p, at);
+      FCM_UNROLL
+      for (int i = 0; i < kFirstCopies; ++i) {
+        const int row = (i * kThreads + thread_index()) / 4;
+        if (row >= rows) break;
         FCM_UNROLL
         for (int kg = 0; kg < kFirstGroups; ++kg) {
           const int k = kg * kGroup + column * L::kLane;
           char* to = first_place(kg, row, column);
           if constexpr (vector_input(S)) {
-            const bool valid = q.valid && k < S.c_in;
-            const char* from = In::halo_pixel(p, at, {q.n - at.image0, q.y - at.halo_y(), q.x - at.halo_x()});
-            copy_async(to, valid ? from + k * L::kElement : (const char*)p.x, valid);
+            const int offset = kKeepsCopies ? first_copies[i] : first_copy(at, row);
+            const bool valid = offset >= 0 && k < S.c_in;
+            copy_async(to, valid ? In::pixel_at(corner, offset) + k * L::kElement : (const char*)p.x, valid);
           } else {
+            const Pixel q = at.halo_pixel(row);
             *(Vec*)to = In::template load<S.first, L::kLane>(p, S.first_window, q.n, q.y, q.x, k, q.valid);
           }
         }
       }
     }
+  }
+  FCM_DEVICE int first_copy(const T& at, int row) const {
+    const Pixel q = at.halo_pixel(row);
+    return q.valid ? In::halo_offset(p, q.n - at.image0, q.y - at.halo_y(), q.x - at.halo_x()) : -1;
   }
   // Without a depthwise, warpgroups multiply the same pixels twice: each lane loads its own channels, of all groups, to
   // where they lie in a row block, and later puts the result of their products in the same place of an exchange buffer.
@@ -963,9 +998,10 @@ struct Module {
   // Fetches the input of a tile whose first step takes the buffers of `step` of this one.
   FCM_DEVICE void fetch_input(const T& at, int step) {
     if constexpr (stages_input(S)) {
-      In::Staged::copy(p, shared + kStagedAt, at.image0, at.images, at.halo_y(), at.halo_x());
+      if (!at.same_place(place)) In::Staged::find(p, staged_vectors, at);
+      In::Staged::copy(p, shared + kStagedAt, staged_vectors, at);
     } else if constexpr (kFirst) {
-      if (!at.same_clip(place)) find_halo(at);
+      if (!at.same_clip(place)) find_first_input(at);
       load_first_input(at);
     } else if constexpr (S.mean) {
       average(at);
@@ -1054,7 +1090,8 @@ struct Module {
       copy_weights(0);
     }
     if (kAhead > 0 && place.crosses_border()) clear_halo();
-    find_halo(place);
+    find_first_input(place);
+    if constexpr (stages_input(S)) In::Staged::find(p, staged_vectors, place);
     wait_for_earlier_kernels();
     fetch_input(place, 0);
     copy_async_commit();
@@ -1070,11 +1107,10 @@ struct Module {
       block_sync();
     }
     if constexpr (stages_input(S)) load_first_input(place);
-    const int tiles = kResident ? T::count(p) : 0;
-    for (int tile = block_x();;) {
-      tile += grid_x();
-      const bool more = kResident && tile < tiles;
-      const T next(p, more ? tile : 0);
+    const int last = kResident ? first_tile_of(block_x() + 1) - 1 : 0;
+    for (int tile = kResident ? first_tile_of(block_x()) : 0;; ++tile) {
+      const bool more = kResident && tile < last;
+      const T next = more ? place.next(p, tile + 1) : place;
       walk(next, more);
       if (!more) break;
       phase += steps;
@@ -1091,7 +1127,7 @@ struct Module {
       }
       if constexpr (S.mean) block_sync();  // this tile's means are still read
       if constexpr (stages_input(S)) {
-        if (!next.same_clip(place)) find_halo(next);
+        if (!next.same_clip(place)) find_first_input(next);
         load_first_input(next);
       } else if constexpr (!kFetchesAhead) {
         fetch_input(next, 0);

@@ -25,6 +25,10 @@ struct TilePlace {
   float per_column, per_area;    // 1 / columns, 1 / (rows * columns)
   long long pixel0;              // without a depthwise: the first of the flattened pixels
 
+  // A thread block that works through many tiles takes the same place of one image after another: what it has found out
+  // about that place holds on. Others leave neighbours of an image to run together, which share what they read.
+  static constexpr bool kImagesFirst = S.tile.resident;
+
   FCM_DEVICE static int count(const Params& p) {
     if constexpr (S.depthwise) return p.tiles_x * p.tiles_y * ceil_div(p.batch, S.tile.images);
     return (int)(((long long)p.batch * p.out_h * p.out_w + flat_pixels(S) - 1) / flat_pixels(S));
@@ -43,8 +47,9 @@ struct TilePlace {
         per_area(0),
         pixel0(0) {
     if constexpr (S.depthwise) {
-      const int tiles = p.tiles_x * p.tiles_y, in_image = tile % tiles;
-      image0 = tile / tiles * S.tile.images;
+      const int tiles = p.tiles_x * p.tiles_y, groups = ceil_div(p.batch, S.tile.images);
+      const int in_image = kImagesFirst ? tile / groups : tile % tiles;
+      image0 = (kImagesFirst ? tile - in_image * groups : tile / tiles) * S.tile.images;
       y0 = in_image / p.tiles_x * S.tile.tile_h, x0 = in_image % p.tiles_x * S.tile.tile_w;
       images = min(S.tile.images, p.batch - image0);
       top = max(0, -halo_y()), left = max(0, -halo_x());
@@ -56,10 +61,25 @@ struct TilePlace {
     }
   }
 
+  // The tile `tile`, which comes after this one.
+  FCM_DEVICE TilePlace next(const Params& p, int tile) const {
+    if constexpr (S.depthwise && kImagesFirst) {
+      if (image0 + S.tile.images < p.batch) {
+        TilePlace to = *this;
+        to.image0 += S.tile.images;
+        to.images = min(S.tile.images, p.batch - to.image0);
+        return to;
+      }
+    }
+    return TilePlace(p, tile);
+  }
+
   // Whether the valid part of the halo region is the same, so that what lies outside is zero already.
   FCM_DEVICE bool same_clip(const TilePlace& o) const {
     return top == o.top && left == o.left && rows == o.rows && columns == o.columns && images == o.images;
   }
+
+  FCM_DEVICE bool same_place(const TilePlace& o) const { return y0 == o.y0 && x0 == o.x0 && images == o.images; }
 
   // The corner of the halo region on the middle map.
   FCM_DEVICE int halo_y() const { return y0 * W.stride_h - W.pad_top; }
@@ -86,16 +106,12 @@ struct TilePlace {
     return (image * kHaloH + y) * kPitch * 64 + x / 2 * 128 + halo_side(x) * 64;
   }
 
-  // The inverse, of an offset that halo_offset gave: a place in the halo region. For what is not valid, the first pixel
-  // that is.
-  struct HaloPlace {
-    int image, y, x;
-  };
-  FCM_DEVICE HaloPlace halo_place_at(int offset) const {
+  // The inverse, of an offset that halo_offset gave; for what is not valid, the first pixel that is.
+  FCM_DEVICE Pixel halo_pixel_at(int offset) const {
     const u32 slot = (u32)(offset >= halo_plane_bytes(S) - 128 ? halo_place(0, top, left) : offset) / 64;
     const u32 line = slot / kPitch, x = slot % kPitch;
     const int image = S.tile.images > 1 ? line / kHaloH : 0;
-    return {image, (int)line - image * kHaloH, (int)(x & ~1u) | halo_side(x)};
+    return {image0 + image, halo_y() + (int)line - image * kHaloH, halo_x() + ((int)(x & ~1u) | halo_side(x)), true};
   }
 
   // Two neighbouring pixels share 128 bytes; which comes first alternates such that the patches of neighbouring lanes,
