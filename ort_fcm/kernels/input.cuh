@@ -219,22 +219,29 @@ struct Input {
       return q.valid ? address(p, w, q.n, q.y, q.x, 0) : nullptr;
     }
   }
-  // As load_group, of a pixel's first channel.
+  // As load_group, of a pixel's first channel, and as it is.
   template <int DEPTH>
   FCM_DEVICE static Vec load_pixel(const char* pixel, int kg) {
-    constexpr int kSteps = ceil_div(DEPTH, L::kGroup / 2);
+    const int k = first_channel<DEPTH>(kg);
     Vec v{};
-    if (kSteps % 2 && kg == kSteps / 2) {
-      const int k = kg * L::kGroup + L::column() * (L::kLane / 2);
-      if (k < S.c_in) {
-        const HalfVec h = *(const HalfVec*)(pixel + k * L::kElement);
-        v.r[0] = h.r[0], v.r[1] = h.r[1];
-      }
+    if (k >= S.c_in) return v;
+    if (half_share<DEPTH>(kg)) {
+      const HalfVec h = *(const HalfVec*)(pixel + k * L::kElement);
+      v.r[0] = h.r[0], v.r[1] = h.r[1];
     } else {
-      const int k = kg * L::kGroup + L::column() * L::kLane;
-      if (k < S.c_in) v = *(const Vec*)(pixel + k * L::kElement);
+      v = *(const Vec*)(pixel + k * L::kElement);
     }
-    return L::operand(v);
+    return v;
+  }
+  // A reduction of an odd number of steps ends in half a group.
+  template <int DEPTH>
+  FCM_DEVICE static constexpr bool half_share(int kg) {
+    constexpr int kSteps = ceil_div(DEPTH, L::kGroup / 2);
+    return kSteps % 2 && kg == kSteps / 2;
+  }
+  template <int DEPTH>
+  FCM_DEVICE static int first_channel(int kg) {
+    return kg * L::kGroup + L::column() * (half_share<DEPTH>(kg) ? L::kLane / 2 : L::kLane);
   }
 
   FCM_DEVICE static const char* address(const Params& p, const Window& w, int n, int y, int x, int k) {
@@ -245,10 +252,8 @@ struct Input {
   // The same channels of the groups of a reduction of DEPTH, for a fragment: group `kg`, this lane's share.
   template <Dense KIND, int DEPTH>
   FCM_DEVICE static Vec load_group(const Params& p, const Window& w, int n, int y, int x, int kg, bool valid) {
-    constexpr int kSteps = ceil_div(DEPTH, L::kGroup / 2);
-    if (kSteps % 2 && kg == kSteps / 2)
-      return load<KIND, L::kLane / 2>(p, w, n, y, x, kg * L::kGroup + L::column() * (L::kLane / 2), valid);
-    return load<KIND, L::kLane>(p, w, n, y, x, kg * L::kGroup + L::column() * L::kLane, valid);
+    if (half_share<DEPTH>(kg)) return load<KIND, L::kLane / 2>(p, w, n, y, x, first_channel<DEPTH>(kg), valid);
+    return load<KIND, L::kLane>(p, w, n, y, x, first_channel<DEPTH>(kg), valid);
   }
 };
 

@@ -62,6 +62,7 @@ struct Module {
   char* const shared;
   T place;
   int chunk0, chunk_step, steps;  // this block's chunks: chunk0, chunk0 + chunk_step, ...
+  static constexpr bool kOneStep = block_chunks(S) == 1;
   T place_of_copies;              // the tile whose input is copied
   int phase = 0;                  // steps of earlier tiles: buffers go on to alternate
 
@@ -75,6 +76,10 @@ struct Module {
   int input_offsets[kKeepsInputs ? kFirstTiles : 1][2], first_copies[kKeepsCopies ? kFirstCopies : 1];
   int staged_vectors[stages_input(S) ? In::Staged::kEach : 1];
   typename L::Operand first_input[kFirstRegisters ? kFirstTiles : 1][kFirstRegisters ? kFirstGroups : 1];
+  // What is loaded ahead of a tile is not touched before that tile begins, where it would be waited for; and not loaded
+  // within a loop over chunks, where it would hold registers of its own all along.
+  static constexpr bool kLoadsAhead = kKeepsInputs && kResident && kFirstRegisters && !stages_input(S) && !normalises(S);
+  Vec loaded[kLoadsAhead ? kFirstTiles : 1][kLoadsAhead ? kFirstGroups : 1][2];
   // Without `first`: what this thread copies of the halo region, or the pixels of its fragments.
   static constexpr int kCopies =
       !kFirst && S.depthwise ? ceil_div(S.tile.images * halo_h(S) * halo_w(S) * 4, kThreads) : 1;
@@ -96,9 +101,9 @@ struct Module {
       chunk0 = S.tile.split > 1 ? block_z() : 0, chunk_step = S.tile.split;
       steps = ceil_div(chunks(S) - chunk0, chunk_step);
     } else {
-      const int per_block = ceil_div(block_n(S), S.tile.chunk);
-      chunk0 = block_y() * per_block, chunk_step = 1;
-      steps = min(per_block, chunks(S) - chunk0);
+      constexpr int kPerBlock = ceil_div(block_n(S), S.tile.chunk);
+      chunk0 = block_y() * kPerBlock, chunk_step = 1;
+      steps = chunks(S) % kPerBlock ? min(kPerBlock, chunks(S) - chunk0) : kPerBlock;
     }
   }
 
@@ -345,6 +350,28 @@ struct Module {
         });
   }
 
+  // What of X a tile of `first` multiplies.
+  FCM_DEVICE void settle(int i, int kg, const Vec& v0, const Vec& v1) {
+    const typename L::Operand a = kKeepsInputs ? L::operands(L::operand(v0), L::operand(v1)) : L::operands(v0, v1);
+    FCM_UNROLL
+    for (int s = 0; s < 2; ++s) {
+      if constexpr (kFirstRegisters) {
+        FCM_UNROLL
+        for (int r = 0; r < 4; ++r) first_input[i][kg].step[s].r[r] = pinned(a.step[s].r[r], zero());
+      } else {
+        *(Vec*)(shared + first_offset(i, kg, s)) = a.step[s];
+      }
+    }
+  }
+  FCM_DEVICE void settle_first_input() {
+    if constexpr (kLoadsAhead) {
+      FCM_UNROLL
+      for (int i = 0; i < kFirstTiles; ++i) {
+        FCM_UNROLL
+        for (int kg = 0; kg < kFirstGroups; ++kg) settle(i, kg, loaded[i][kg][0], loaded[i][kg][1]);
+      }
+    }
+  }
   FCM_DEVICE void load_first_input(const T& at) {
     if constexpr (kWgmma) {
       kFlatFirst ? load_flat_input(at) : copy_first_input(at);
@@ -375,16 +402,10 @@ struct Module {
             v[side] = In::template load_group<S.first, kFirstDepth>(p, S.first_window, q[side].n, q[side].y, q[side].x,
                                                                     kg, q[side].valid);
         }
-        const typename L::Operand a = L::operands(v[0], v[1]);
-        FCM_UNROLL
-        for (int s = 0; s < 2; ++s) {
-          if constexpr (kFirstRegisters) {
-            FCM_UNROLL
-            for (int r = 0; r < 4; ++r) first_input[i][kg].step[s].r[r] = pinned(a.step[s].r[r], zero());
-          } else {
-            *(Vec*)(shared + first_offset(i, kg, s)) = a.step[s];
-          }
-        }
+        if constexpr (kLoadsAhead)
+          loaded[i][kg][0] = v[0], loaded[i][kg][1] = v[1];
+        else
+          settle(i, kg, v[0], v[1]);
       }
       if constexpr (normalises(S) && kFirst) {
         Normalise<C>::template run<2>(
@@ -1040,6 +1061,7 @@ struct Module {
       block_sync();
       multiply(-1);
     } else if constexpr (kAhead > 0) {
+      settle_first_input();
       first_to_halo(0);
     }
     for (int step = 0; step < steps + kLag; ++step) {
@@ -1050,7 +1072,7 @@ struct Module {
       if constexpr (!kResident) copy_weights(step + kEarly);
       if (step + kEarly < steps) {
         if constexpr (!kFirst) copy_input(chunk(step + kEarly), step + kEarly);
-      } else if (kFetchesAhead && step + 1 == steps && more) {
+      } else if (kFetchesAhead && (!kLoadsAhead || kOneStep) && step + 1 == steps && (kLoadsAhead || more)) {
         fetch_input(next, steps);
       }
       copy_async_commit();
@@ -1067,6 +1089,7 @@ struct Module {
       else if constexpr (kExchanges)
         if (step >= kLag) project_exchanged(step - kLag);
     }
+    if constexpr (kLoadsAhead && !kOneStep) fetch_input(next, steps);
     if constexpr (S.tile.split > 1)
       reduce_and_store(more);
     else if constexpr (kProject)

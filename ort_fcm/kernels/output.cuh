@@ -22,8 +22,8 @@ struct Output {
       return {tile.flat_pixel(warp_m, py, side) * S.c_out, tile.flat_exists(p, warp_m, py, side)};
     } else {
       const Pixel q = tile.output_pixel(p, warp_m, py, side);
-      const long long row = S.output_nchw ? (long long)q.n * S.c_out * p.out_h : (long long)q.n * p.out_h;
-      return {((row + q.y) * p.out_w + q.x) * (S.output_nchw ? 1 : S.c_out), q.valid};
+      const int in_image = (q.y * p.out_w + q.x) * (S.output_nchw ? 1 : S.c_out);  // an image has fewer than 2^30 elements
+      return {(long long)q.n * (p.out_h * p.out_w * S.c_out) + in_image, q.valid};
     }
   }
   FCM_DEVICE static float residual(const Params& p, long long i) {
