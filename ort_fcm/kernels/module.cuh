@@ -63,8 +63,8 @@ struct Module {
   T place;
   int chunk0, chunk_step, steps;  // this block's chunks: chunk0, chunk0 + chunk_step, ...
   static constexpr bool kOneStep = block_chunks(S) == 1;
-  T place_of_copies;              // the tile whose input is copied
-  int phase = 0;                  // steps of earlier tiles: buffers go on to alternate
+  T place_of_copies;  // the tile whose input is copied
+  int phase = 0;      // steps of earlier tiles: buffers go on to alternate
 
   // `first`: where the pixels of this lane's tiles go in the halo plane, and their input fragments.
   int halo_offsets[kFirstTiles][2];
@@ -78,7 +78,8 @@ struct Module {
   typename L::Operand first_input[kFirstRegisters ? kFirstTiles : 1][kFirstRegisters ? kFirstGroups : 1];
   // What is loaded ahead of a tile is not touched before that tile begins, where it would be waited for; and not loaded
   // within a loop over chunks, where it would hold registers of its own all along.
-  static constexpr bool kLoadsAhead = kKeepsInputs && kResident && kFirstRegisters && !stages_input(S) && !normalises(S);
+  static constexpr bool kLoadsAhead =
+      kKeepsInputs && kResident && kFirstRegisters && !stages_input(S) && !normalises(S);
   Vec loaded[kLoadsAhead ? kFirstTiles : 1][kLoadsAhead ? kFirstGroups : 1][2];
   // Without `first`: what this thread copies of the halo region, or the pixels of its fragments.
   static constexpr int kCopies =
@@ -97,6 +98,7 @@ struct Module {
 
   FCM_DEVICE explicit Module(const Params& params)
       : p(params), shared(shared_memory()), place(params, first_tile_of(block_x())), place_of_copies(place) {
+    place_of_copies.images = 0;  // of no tile yet
     if constexpr (kProject) {
       chunk0 = S.tile.split > 1 ? block_z() : 0, chunk_step = S.tile.split;
       steps = ceil_div(chunks(S) - chunk0, chunk_step);
@@ -279,8 +281,9 @@ struct Module {
       }
     }
     if constexpr (!kFirst && S.depthwise) {
+      const bool known = kResident && at.same_place(place_of_copies);
       copy_image0 = at.image0, place_of_copies = at;
-      if constexpr (kCopiesKept) {
+      if (kCopiesKept && !known) {
         FCM_UNROLL
         for (int i = 0; i < kCopies; ++i) copy_place(at, i, copy_to[i], copy_from[i]);
       }

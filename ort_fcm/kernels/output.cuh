@@ -22,7 +22,8 @@ struct Output {
       return {tile.flat_pixel(warp_m, py, side) * S.c_out, tile.flat_exists(p, warp_m, py, side)};
     } else {
       const Pixel q = tile.output_pixel(p, warp_m, py, side);
-      const int in_image = (q.y * p.out_w + q.x) * (S.output_nchw ? 1 : S.c_out);  // an image has fewer than 2^30 elements
+      const int in_image =
+          (q.y * p.out_w + q.x) * (S.output_nchw ? 1 : S.c_out);  // an image has fewer than 2^30 elements
       return {(long long)q.n * (p.out_h * p.out_w * S.c_out) + in_image, q.valid};
     }
   }
