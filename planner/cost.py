@@ -28,8 +28,9 @@ class Priors:
     plain_share: float = 0.65  # of an SM's multiply-adds that products reach where there are no tensor cores
     overlap: float = 1.657  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
     copy_instructions: float = 27.05  # a warp's 512 bytes of asynchronous copies under a depthwise: addresses
-    gather_instructions: float = 166.9  # a 16-pixel tile of `first`: its places, and loading its input
-    staged_instructions: float = 329.9  # the same, from a stem's input in shared memory
+    place_instructions: float = 100.0  # a 16-pixel tile of `first`: its pixels' places, on the map and in shared memory
+    gather_instructions: float = 66.9  # the same: loading its input
+    staged_instructions: float = 150.0  # the same, from a stem's input in shared memory, and copying that there
     store_instructions: float = 5.767  # a register of the output: bias, residual, address, store
     sum_instructions: float = 24.76  # a register of partial sums that goes to another thread block of a cluster
     factor_instructions: float = 80.92  # a warp's 512 bytes of X times their factors
@@ -450,6 +451,13 @@ def _first_in_registers(seg: Segment, tile: Tile) -> bool:
     return not tile.wgmma and _first_tiles(seg, tile) * seg.first_steps * 4 <= 48
 
 
+def _remembers_places(seg: Segment, tile: Tile) -> bool:
+    """Whether resident thread blocks remember where pixels of the halo region come from."""
+    if not (tile.resident and seg.first and seg.depthwise) or tile.wgmma:
+        return False
+    return seg.first.kind == "conv" or (seg.c_in % (16 // seg.element) == 0 and not seg.scaled)
+
+
 def _exchanges(seg: Segment, tile: Tile) -> bool:
     """Whether what feeds `project` passes through shared memory."""
     return seg.project is not None and not seg.mean and (seg.streams or tile.warps_n > 1 or tile.wgmma == 1)
@@ -479,6 +487,8 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
         spatial = tiling(seg, t)
         if seg.first and seg.first.kind == "conv":
             once += staged_bytes(seg, t)
+        if _remembers_places(seg, t):
+            once += warps * _first_tiles(seg, t) * 64
         planes += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
     if seg.mean:
         once = _steps(seg, t) * groups * round_up(t.images, 8) * 64 + gate.parts_bytes(seg, t)
@@ -684,6 +694,7 @@ class Work(NamedTuple):
     copies: float  # a step's asynchronous copies of X, 512 bytes
     weight_copies: float  # the same, of weights
     tiles: float  # 16-pixel tiles of `first` that a warp prepares, once a tile; a mean
+    places: float  # turns in which their places are found anew
     fragments: float  # half groups of these that go to shared memory as they are loaded
     adding: float  # instructions of a warp that takes the mean of the input, once a tile
     waiting: float  # clocks in which it waits for that input
@@ -827,6 +838,9 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         ends, end_values = steps * groups * t.patch_h * 8.0, 0.0
 
     adding, waiting = gate.adding(seg, t, ceil_div(seg.c_in, t.split)) if seg.mean else (0.0, 0.0)
+    turns = ceil_div(spatial, spatial_blocks)
+    # A resident thread block takes the same place of one image after another.
+    places = min(turns, 1 + turns * t.images / seg.batch) if layer and t.resident else turns
     # Recomputed work, tensor padding apart.
     done = 0
     if seg.first:
@@ -836,9 +850,9 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     if seg.project:
         done += out_pixels * seg.project.weights
     return Work(
-        spatial * apart, spatial_blocks * apart, ceil_div(spatial, spatial_blocks), busy, warps, steps, t.split,
+        spatial * apart, spatial_blocks * apart, turns, busy, warps, steps, t.split,
         int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, products, operands,
-        values, loads, stores, factors, copied / 512 / warps, copied_weights / 512 / warps, tiles, fragments, adding,
+        values, loads, stores, factors, copied / 512 / warps, copied_weights / 512 / warps, tiles, places, fragments, adding,
         waiting, ends, end_values, accumulators(seg, t) * (1 - 1 / t.split), max(1.0, done / seg.multiply_adds),
     )  # fmt: skip
 
@@ -854,7 +868,7 @@ def times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors = PRIORS)
     loading = priors.staged_instructions if seg.stem else priors.gather_instructions
     plain = w.values + w.loads + w.stores
     plain += priors.copy_instructions * copies + priors.factor_instructions * w.factors
-    tile = w.steps * plain + loading * w.tiles + w.adding
+    tile = w.steps * plain + (loading + priors.place_instructions * w.places / w.turns) * w.tiles + w.adding
     tile += priors.store_instructions * w.ends + w.end_values + priors.sum_instructions * w.sums
     multiplying = 0.1 if w.operands else 1 if on_tensor else 33
     issued = w.turns * (tile + w.steps * w.products * multiplying)

@@ -55,7 +55,8 @@ struct Module {
   static constexpr int kFirstAt = kInputAt + first_input_bytes(S);
   static constexpr int kHaloAt = kFirstAt + weight_buffers(S) * first_chunk_bytes(S);  // two
   static constexpr int kStagedAt = kHaloAt + 2 * halo_bytes(S);
-  static constexpr int kDepthwiseAt = kStagedAt + staged_bytes(S);
+  static constexpr int kPlacesAt = kStagedAt + staged_bytes(S);
+  static constexpr int kDepthwiseAt = kPlacesAt + places_bytes(S);
   static constexpr int kArrivalsAt = arrivals_at(S);
 
   const Params& p;
@@ -73,7 +74,8 @@ struct Module {
   static constexpr bool kKeepsInputs = kAhead && !kWgmma && (stages_input(S) || In::kWholePixels);
   static constexpr int kFirstCopies = kAhead && kWgmma ? ceil_div(kFirstRows * 4, kThreads) : 1;
   static constexpr bool kKeepsCopies = kAhead && kWgmma && In::kWholePixels && kFirstCopies <= 12;
-  int input_offsets[kKeepsInputs ? kFirstTiles : 1][2], first_copies[kKeepsCopies ? kFirstCopies : 1];
+  static constexpr bool kRemembers = remembers_places(S);  // in shared memory
+  int input_offsets[kKeepsInputs && !kRemembers ? kFirstTiles : 1][2], first_copies[kKeepsCopies ? kFirstCopies : 1];
   int staged_vectors[stages_input(S) ? In::Staged::kEach : 1];
   typename L::Operand first_input[kFirstRegisters ? kFirstTiles : 1][kFirstRegisters ? kFirstGroups : 1];
   // What is loaded ahead of a tile is not touched before that tile begins, where it would be waited for; and not loaded
@@ -311,6 +313,7 @@ struct Module {
   // agree.
   FCM_DEVICE void find_halo(const T& at) {
     if constexpr (kAhead > 0) {
+      if constexpr (kRemembers) warp_sync();  // what is there is still read
       FCM_UNROLL
       for (int i = 0; i < kFirstTiles; ++i) {
         const int tile = kWgmma ? first_row(i) + L::warp() % 4 * 16 : first_tile(i) * 16;
@@ -320,12 +323,20 @@ struct Module {
           halo_offsets[i][side] = at.halo_offset(q) + L::column() * 16;
           if constexpr (kKeepsInputs) {
             const int image = q.n - at.image0, y = q.y - at.halo_y(), x = q.x - at.halo_x();
-            input_offsets[i][side] =
-                stages_input(S) ? In::Staged::offset(image, y, x) : In::halo_offset(p, image, y, x);
+            const int offset = stages_input(S) ? In::Staged::offset(image, y, x) : In::halo_offset(p, image, y, x);
+            if constexpr (!kRemembers)
+              input_offsets[i][side] = offset;
+            else if (L::column() == 0)
+              remembered(i)[side] = offset;
           }
         }
       }
+      if constexpr (kRemembers) warp_sync();
     }
+  }
+  // Of this lane's two pixels of the i-th tile.
+  FCM_DEVICE int* remembered(int i) const {
+    return (int*)(shared + kPlacesAt + ((L::warp() * kFirstTiles + i) * 8 + L::row()) * 8);
   }
   // What is known of a tile's input, as long as it is of the same part of a map.
   FCM_DEVICE void find_first_input(const T& at) {
@@ -385,9 +396,12 @@ struct Module {
     FCM_UNROLL
     for (int i = 0; i < kFirstTiles; ++i) {
       Pixel q[2]{};
+      [[maybe_unused]] int offsets[2];
       FCM_UNROLL
       for (int side = 0; side < 2; ++side) {
-        if constexpr (S.depthwise && !kKeepsInputs)
+        if constexpr (kKeepsInputs)
+          offsets[side] = kRemembers ? remembered(i)[side] : input_offsets[i][side];
+        else if constexpr (S.depthwise)
           q[side] = at.halo_pixel_at(halo_offsets[i][side]);
         else if constexpr (!S.depthwise)
           q[side] = at.output_pixel(p, L::warp_m(), i, side);
@@ -398,9 +412,9 @@ struct Module {
         FCM_UNROLL
         for (int side = 0; side < 2; ++side) {
           if constexpr (stages_input(S))
-            v[side] = staged.load(input_offsets[i][side], kg);
+            v[side] = staged.load(offsets[side], kg);
           else if constexpr (kKeepsInputs)
-            v[side] = In::template load_pixel<kFirstDepth>(In::pixel_at(corner, input_offsets[i][side]), kg);
+            v[side] = In::template load_pixel<kFirstDepth>(In::pixel_at(corner, offsets[side]), kg);
           else
             v[side] = In::template load_group<S.first, kFirstDepth>(p, S.first_window, q[side].n, q[side].y, q[side].x,
                                                                     kg, q[side].valid);
@@ -809,19 +823,22 @@ struct Module {
     constexpr int kBlocks = block_n(S) / 8;
     constexpr bool kExact = kBlocks == S.tile.warps_n * kWarpGroupsN * kBlocks8;  // else some warps have fewer
     // Beside a first stage, loading all of a group's weights at once spills: a branch that is never taken keeps them
-    // apart.
+    // apart, but for those of the product after this one.
     constexpr bool kApart = kAhead;
-    const int base = S.tile.warps_n > 1 || kApart ? L::warp_n() * kWarpGroupsN * kBlocks8 : 0;
+    constexpr int kProducts = kWarpGroupsN * kBlocks8;
+    const int base = S.tile.warps_n > 1 || kApart ? L::warp_n() * kProducts : 0;
+    const auto load = [&](int i) {
+      const int block8 = base + i;
+      return L::template weights<2>(buffer + (kExact ? block8 : min(block8, kBlocks - 1)) * kFragment);
+    };
+    Vec next = load(0);
     FCM_UNROLL
-    for (int ng = 0; ng < kWarpGroupsN; ++ng) {
+    for (int i = 0; i < kProducts; ++i) {
+      if ((!kExact || kApart) && base + i >= kBlocks) break;
+      const Vec b = next;
+      if (i + 1 < kProducts) next = load(i + 1);
       FCM_UNROLL
-      for (int j = 0; j < kBlocks8; ++j) {
-        const int block8 = base + ng * kBlocks8 + j;
-        if ((!kExact || kApart) && block8 >= kBlocks) continue;
-        const Vec b = L::template weights<2>(buffer + block8 * kFragment);
-        FCM_UNROLL
-        for (int py = 0; py < P; ++py) L::template multiply<2>(sums[py][ng][j], a[py], b);
-      }
+      for (int py = 0; py < P; ++py) L::template multiply<2>(sums[py][i / kBlocks8][i % kBlocks8], a[py], b);
     }
   }
 

@@ -33,6 +33,7 @@ FCM_DEVICE int block_y() { return blockIdx.y; }
 FCM_DEVICE int block_z() { return blockIdx.z; }
 FCM_DEVICE int grid_x() { return gridDim.x; }
 FCM_DEVICE void block_sync() { __syncthreads(); }
+FCM_DEVICE void warp_sync() { __syncwarp(); }
 // What is the same in all lanes of a warp, so that the compiler knows.
 FCM_DEVICE int warp_uniform(int x) { return __shfl_sync(~0u, x, 0); }
 

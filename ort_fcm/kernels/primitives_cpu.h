@@ -222,6 +222,7 @@ FCM_DEVICE int grid_x() { return cpu::machine.grid_x; }
 FCM_DEVICE void let_next_kernel_start() {}
 FCM_DEVICE void wait_for_earlier_kernels() {}
 FCM_DEVICE void block_sync() { cpu::pass(cpu::self().block->gate); }
+FCM_DEVICE void warp_sync() { cpu::pass(cpu::warp().gate); }
 FCM_DEVICE int warp_uniform(int x) { return x; }
 FCM_DEVICE char* shared_memory() { return cpu::self().block->shared; }
 

@@ -268,6 +268,12 @@ constexpr int staged_bytes(const Spec& s) {
   return stages_input(s) ? round_up(s.tile.images * s.c_in * staged_h(s) * staged_pitch(s) * element_bytes(s.type), 16)
                          : 0;
 }
+// Whether resident thread blocks remember where pixels of the halo region come from, four bytes a row of a product.
+constexpr bool remembers_places(const Spec& s) {
+  return s.tile.resident && !s.tile.wgmma && s.depthwise &&
+         (stages_input(s) || (s.first == Dense::pointwise && vector_input(s) && !s.scaled));
+}
+constexpr int places_bytes(const Spec& s) { return remembers_places(s) ? warps(s) * first_tiles(s) * 64 : 0; }
 constexpr int first_group_bytes(const Spec& s) {
   return group(s.type) / 8 * (s.tile.wgmma ? round_up(first_steps(s), 2) : first_steps(s)) * 256;
 }
@@ -318,7 +324,7 @@ constexpr int weight_buffers(const Spec& s) { return s.tile.resident ? block_chu
 // in its place, unless there are tiles to follow.
 constexpr int working_bytes(const Spec& s) {
   return (s.mean ? means_bytes(s) + mean_parts_bytes(s) : 0) + first_input_bytes(s) + staged_bytes(s) +
-         2 * halo_bytes(s) + stages(s) * exchange_bytes(s) +
+         places_bytes(s) + 2 * halo_bytes(s) + stages(s) * exchange_bytes(s) +
          weight_buffers(s) * (first_chunk_bytes(s) + depthwise_chunk_bytes(s) + project_chunk_bytes(s));
 }
 constexpr int reduction_at(const Spec& s) { return s.tile.resident ? working_bytes(s) : 0; }
