@@ -600,6 +600,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             kept += 96
         if seg.stages == "dw-pw" and seg.element == 4:
             kept += 8 * tile.patch_h
+        if seg.project and seg.depthwise and seg.depthwise.taps > 9 and tile.chunk == seg.group and tile.warps_n == 1:
+            kept += 36 if seg.first else 64  # of a large filter, what steps share is held
         if seg.first and not held:  # many loads of the next tile's input are gathered
             kept += 8 * max(0, _first_tiles(seg, tile) * seg.first_steps - 32)
         if seg.stages == "conv-dw":

@@ -283,7 +283,7 @@ struct Module {
       }
     }
     if constexpr (!kFirst && S.depthwise) {
-      const bool known = kResident && at.same_place(place_of_copies);
+      const bool known = kResident && kCopies <= 6 && at.same_place(place_of_copies);
       copy_image0 = at.image0, place_of_copies = at;
       if (kCopiesKept && !known) {
         FCM_UNROLL
