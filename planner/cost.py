@@ -854,8 +854,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     return Work(
         spatial * apart, spatial_blocks * apart, turns, busy, warps, steps, t.split,
         int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, products, operands,
-        values, loads, stores, factors, copied / 512 / warps, copied_weights / 512 / warps, tiles, places, fragments, adding,
-        waiting, ends, end_values, accumulators(seg, t) * (1 - 1 / t.split), max(1.0, done / seg.multiply_adds),
+        values, loads, stores, factors, copied / 512 / warps, copied_weights / 512 / warps, tiles, places, fragments,
+        adding, waiting, ends, end_values, accumulators(seg, t) * (1 - 1 / t.split), max(1.0, done / seg.multiply_adds),
     )  # fmt: skip
 
 
