@@ -15,8 +15,9 @@ where there is no such file) measures, in this order, as far as `--seconds` go:
 4. time: the other segments at the other batches.
 
 A time is what `rewrite(..., tune=True)` measures: a launch of many in a replayed graph, always on the same tensors.
-The results (benchmarks/results/confirm_h200.json.xz) hold the estimates of the day; `python -m benchmarks.table` makes
-the tables of docs/planner.md from them, and `--export FILE` of `run` lines for `benchmarks.calibrate`.
+The results hold the estimates of the day, but traffic is estimated anew wherever it is shown. `python -m
+benchmarks.table` makes the tables of docs/planner.md, of traffic from benchmarks/results/traffic_h200.json.xz (`run
+--parts traffic`), of time from confirm_h200.json.xz, and `--export FILE` of `run` lines for `benchmarks.calibrate`.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from typing import Any
 import numpy as np
 from ort_fcm.planner import Chain, Gpu, Module, Plan, Tile, candidates, module_of, plan_chain
 from ort_fcm.planner import gpu as gpu_by_name
-from ort_fcm.planner.cost import Segment, layout_change, packed_bytes, segment, served_bytes, shared_bytes, stock
+from ort_fcm.planner.cost import Segment, layout_change, segment, served_bytes, shared_bytes, stock
 from ort_fcm.planner.cost import resident as resident_blocks
 
 from benchmarks import chains, ncu, timings
@@ -62,6 +63,7 @@ NETWORKS = (
 BATCHES = (16, 1, 128)  # of the first, all segments come before anything else
 NEAR = 6  # of the planner's next best tiles, to be a match for its choice
 RESULTS = Path(__file__).parent / "results" / "confirm_h200.json.xz"
+TRAFFIC = RESULTS.with_name("traffic_h200.json.xz")
 JOBS = Path("build") / "confirm_jobs.json.xz"
 Entry = dict[str, Any]
 
@@ -108,19 +110,14 @@ def entry_of(chain: Chain, module: Module, gpu: Gpu) -> Entry:
 
 
 CODE_BYTES = 40e3  # of a kernel and its parameters, from device memory
-CODE_SENT_BYTES = 700e3  # the same, from L2 to all SMs
-ACROSS, WEIGHTS_ACROSS = 0.6, 1.5  # bytes that one half of L2 asks of the other, for a byte of X or Y, and of weights
 
 
 def estimates(chain: Chain, module: Module, gpu: Gpu) -> dict[str, float]:
     """Bytes that counters should tell: between the SMs and L2 (`l2`), all that L2 handles (`l2_all`), reads of device
     memory with a cold L2 (`dram_read`)."""
     seg = whole(chain)
-    y = written(seg)
-    weights = sum(packed_bytes(seg, module.tile))
     served = served_bytes(seg, module.tile, gpu)
-    across = ACROSS * (module.dram_bytes - weights) + WEIGHTS_ACROSS * weights
-    return {"l2": served, "l2_all": served + across + CODE_SENT_BYTES, "dram_read": module.dram_bytes - y + CODE_BYTES}
+    return {"l2": served.sms, "l2_all": served.all, "dram_read": module.dram_bytes - written(seg) + CODE_BYTES}
 
 
 def segments_of(chain: Chain) -> Iterator[tuple[int, int]]:
@@ -423,12 +420,22 @@ def _row(*cells: object) -> str:
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
+def _first_tile(chain: Chain, entry: Entry, gpu: Gpu) -> Module | None:
+    """The module with the tile that was chosen for it; None where the planner of today would not have it."""
+    return module_of(chain, gpu, 0, len(chain.layers) - 1, Tile.parse(entry["tiles"][0][0]))
+
+
 def traffic_table(data: Entry) -> list[str]:
     lines = [
         _row("bytes", "batch", "modules", "networks", "estimate over counted, median", "error, median", "error, 90 %"),
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
-    counted = [entry for entry in data["modules"] if "counted" in entry]
+    gpu = gpu_by_name(data["gpu"])
+    counted = [
+        {**entry, "estimate": estimates(chain, module, gpu)}
+        for entry in data["modules"]
+        if "counted" in entry and (module := _first_tile(chain := chain_of(entry), entry, gpu))
+    ]
     worst: list[tuple[float, str]] = []
     for title, (key, metric, scale) in QUANTITIES.items():
         for batch in (*sorted(BATCHES), 0):
@@ -547,8 +554,9 @@ def fusion_table(data: Entry) -> list[str]:
 TABLES = {"confirm_traffic": traffic_table, "confirm_time": time_table, "confirm_fusion": fusion_table}
 
 
-def render(name: str, path: Path = RESULTS) -> str:
+def render(name: str, path: Path | None = None) -> str:
     """A table of docs/planner.md as Markdown."""
+    path = path or (TRAFFIC if name == "confirm_traffic" else RESULTS)
     if not path.exists():
         return "Not measured yet.\n"
     data = read(path)

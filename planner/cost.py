@@ -667,6 +667,17 @@ def memory_us(gpu: Gpu, dram: float, traffic: float, priors: Priors) -> tuple[fl
     return dram * missing / (gpu.memory_gbps * 1e3 * priors.dram_share), traffic / (gpu.l2_gbps * 1e3 * priors.l2_share)
 
 
+L2_SHARE = 0.65  # of l2_bytes that hold what both halves have asked for
+
+
+def dram_bytes(seg: Segment, w: Work, gpu: Gpu) -> int:
+    """Bytes from and to device memory, L2 cold at the start: each once, and what thread blocks of other output channels
+    read again after L2 has taken more than it holds."""
+    passes = 1 + w.again // (seg.element * seg.input_elements)
+    between = seg.element * (seg.input_elements + seg.output_elements // passes)
+    return w.dram + int(w.again * min(1.0, max(0.0, between / (L2_SHARE * gpu.l2_bytes) - 1)))
+
+
 def cluster_sms(sms: int, split: int) -> int:
     """SMs that clusters of `split` thread blocks reach at once (spec.h says why not all)."""
     if split < 4:
@@ -687,6 +698,7 @@ class Work(NamedTuple):
     moved: int  # bytes between the SMs and L2, weights apart
     weights: int  # the same, of weights
     dram: int  # bytes
+    again: int  # bytes of X that are read again once thread blocks of other output channels have read all of it
     products: float  # a step's tensor-core products, of 16 pixels, 8 channels and half a group
     operands: float  # a step's vectors that wgmma reads, 512 bytes; 0: products are of single warps
     values: float  # a step's plain instructions on values: the depthwise, activations
@@ -757,6 +769,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         moved += x_reads * (SECTOR - 4) * (seg.batch * cut.x_runs * seg.c_in + spatial * staged_bytes(seg, t) / 128)
     inner, outer = packed_bytes(seg, t)
     padding = inner + outer - e * seg.weight_elements
+    passes = blocks_n if (seg.project or seg.first) and not t.resident else 1
+    again = (passes - 1) * e * seg.input_elements
     if seg.pool:  # a row for every warp with pixels, or for every 16 pixels
         moved += seg.batch * pool_rows(seg, t) * y_bytes
 
@@ -853,9 +867,10 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         done += out_pixels * seg.project.weights
     return Work(
         spatial * apart, spatial_blocks * apart, turns, busy, warps, steps, t.split,
-        int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, products, operands,
-        values, loads, stores, factors, copied / 512 / warps, copied_weights / 512 / warps, tiles, places, fragments,
-        adding, waiting, ends, end_values, accumulators(seg, t) * (1 - 1 / t.split), max(1.0, done / seg.multiply_adds),
+        int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, again, products,
+        operands, values, loads, stores, factors, copied / 512 / warps, copied_weights / 512 / warps, tiles, places,
+        fragments, adding, waiting, ends, end_values, accumulators(seg, t) * (1 - 1 / t.split),
+        max(1.0, done / seg.multiply_adds),
     )  # fmt: skip
 
 
@@ -885,7 +900,7 @@ def times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors = PRIORS)
     macs = 2048 if seg.element == 2 else 1024
     vectors = w.turns * (w.loads + w.stores + w.copies + w.operands) + w.weight_copies
     return {
-        "memory": max(memory_us(gpu, w.dram, w.moved, priors)),
+        "memory": max(memory_us(gpu, dram_bytes(seg, w, gpu), w.moved, priors)),
         "tensor": w.warps * w.steps * w.products * max(w.busy * w.turns / per_clock / mhz, w.pieces * macs / per_us),
         "instructions": w.busy * issuing * issued / 4 / mhz,  # an SM issues 4 a clock
         "shared": w.busy * w.warps * w.steps * 4 * vectors / mhz,  # 4 wavefronts a vector
@@ -919,7 +934,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
     return Estimate(
         time_us=joined(parts, priors),
         traffic_bytes=done.moved + done.weights,
-        dram_bytes=done.dram,
+        dram_bytes=dram_bytes(seg, done, gpu),
         shared_bytes=shared,
         registers=min(regs, bound),
         spilled=max(0, regs - bound),
@@ -933,7 +948,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
 def _estimate_gate(seg: Segment, tile: Tile, gpu: Gpu, blocks: int, shared: int, priors: Priors) -> Estimate:
     cost = gate.cost(seg, tile)
     busy = ceil_div(cost.grid, gpu.sms)
-    dram_us, l2_us = memory_us(gpu, seg.compulsory_bytes, cost.moved, priors)
+    dram_us, l2_us = memory_us(gpu, seg.compulsory_bytes, cost.moved + cost.weights, priors)
     parts = {
         "dram": dram_us,
         "l2": l2_us,
@@ -941,24 +956,52 @@ def _estimate_gate(seg: Segment, tile: Tile, gpu: Gpu, blocks: int, shared: int,
         "latency": ceil_div(busy, blocks) * cost.latency / gpu.clock_mhz,
     }
     return Estimate(
-        joined(parts, priors), cost.moved, seg.compulsory_bytes, shared, gate.REGISTERS, 0, blocks, cost.grid, 1.0,
-        max(parts, key=parts.__getitem__),
+        joined(parts, priors), cost.moved + cost.weights, seg.compulsory_bytes, shared, gate.REGISTERS, 0, blocks,
+        cost.grid, 1.0, max(parts, key=parts.__getitem__),
     )  # fmt: skip
 
 
 SMS_OF_A_GROUP = 18  # at most: a GPC, in front of which requests for the same bytes meet
-MERGED = 0.27, 0.4  # share of weights that L2 still sends, at least: of resident ones, of those streamed
+MERGED = 0.27, 0.45  # share of them that L2 still sends, at least: of resident weights, of what is streamed
+HOME = 0.5  # chance that a byte's home is the half of L2 that does not belong to the SM that asks
+ACROSS = 1.5  # times that a byte crosses between the halves, at most: more ask for it before it has come
+LAUNCH_BYTES = 260e3  # of a launch, whatever it does
+CODE_BYTES = 4e3  # of code, that an SM asks L2 for
 
 
-def served_bytes(seg: Segment, tile: Tile, gpu: Gpu) -> int:
-    """Bytes that L2 sends and takes, which of weights is less than thread blocks ask for: from compute capability 9.0
-    on, requests of several SMs for the same bytes at the same time are one to L2."""
-    done, packed = work(seg, tile, gpu.sms), sum(packed_bytes(seg, tile))
-    if gpu.sm < 90:
-        return done.moved + done.weights
-    groups, copies = ceil_div(gpu.sms, SMS_OF_A_GROUP), done.weights / packed
-    asking = groups * (1 - (1 - 1 / groups) ** copies) / copies  # groups of SMs, of copies at random ones
-    return done.moved + int(done.weights * max(asking, MERGED[0 if tile.resident else 1]))
+class Served(NamedTuple):
+    sms: int  # bytes that L2 sends to the SMs and takes from them
+    all: int  # these, what one half of L2 asks of the other, and what a launch itself takes
+
+
+def served_bytes(seg: Segment, tile: Tile, gpu: Gpu) -> Served:
+    """What passes L2, which from compute capability 9.0 on is less than thread blocks ask for: requests of several SMs
+    of a group for the same bytes at the same time are one to L2."""
+    if seg.gate:
+        own = gate.weights_bytes(seg, tile)  # of a thread block; those of a cluster read different ones
+        of_gate = gate.cost(seg, tile)
+        grid, moved, asked = of_gate.grid, of_gate.moved, [(own * tile.split, of_gate.grid // tile.split)]
+    else:
+        done, (inner, outer) = work(seg, tile, gpu.sms), packed_bytes(seg, tile)
+        recomputed = ceil_div(seg.padded_out, block_n(seg, tile)) if seg.project else 1
+        blocks = done.weights // (recomputed * inner + outer)
+        grid, moved, asked = done.grid, done.moved, [(inner, blocks * recomputed), (outer, blocks)]
+    written = seg.element * seg.output_elements * (2 if seg.residual else 1)
+    x, touched = max(0, moved - written), seg.element * seg.input_elements
+    groups = gpu.sms / SMS_OF_A_GROUP if gpu.sm >= 90 else float("inf")
+
+    def sent(copies: int, least: float) -> float:
+        # Thread blocks that follow one another start in different groups of SMs.
+        return max(min(1.0, groups / copies), least if gpu.sm >= 90 else 1.0)
+
+    def across(copies: float) -> float:
+        return ACROSS - (ACROSS - HOME) / max(1.0, copies)
+
+    same_x = tile.split if seg.gate else 1  # thread blocks that take the mean together: of a cluster, so of a group
+    sms = min(moved, written) + x * (max(1 / same_x, MERGED[1]) if gpu.sm >= 90 else 1)
+    sms += sum(bytes_ * copies * sent(copies, MERGED[0 if tile.resident else 1]) for bytes_, copies in asked)
+    crossing = HOME * written + touched * across(x / touched) + sum(b * across(copies) for b, copies in asked)
+    return Served(int(sms), int(sms + crossing + LAUNCH_BYTES + CODE_BYTES * min(grid, gpu.sms)))
 
 
 class Stock(NamedTuple):

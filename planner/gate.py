@@ -30,7 +30,8 @@ LATE = 0.5  # share of resident weights that come after the kernel in front has 
 
 class Cost(NamedTuple):
     grid: int  # thread blocks
-    moved: int  # bytes between the SMs and L2
+    moved: int  # bytes between the SMs and L2, weights apart
+    weights: int  # the same, of weights
     instructions: float  # clocks in which an SM issues them
     latency: float  # clocks of a thread block alone
 
@@ -78,7 +79,7 @@ def _padded(seg: Segment, channels: int) -> int:
     return round_up(channels, 16 // seg.element)
 
 
-def _weights(seg: Segment, tile: Tile) -> int:
+def weights_bytes(seg: Segment, tile: Tile) -> int:
     """Bytes of a thread block's share of both layers."""
     c_in, middle, c_out = _channels(seg)
     mid, out = (round_up(ceil_div(channels, tile.split), 4) for channels in (middle, c_out))
@@ -89,7 +90,7 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
     """Shared memory of a thread block."""
     means = tile.images * _padded(seg, seg.c_in) * 4
     hidden = tile.images * _padded(seg, _channels(seg)[1]) * 4
-    return means + parts_bytes(seg, tile) + hidden + (_weights(seg, tile) if tile.resident else 0)
+    return means + parts_bytes(seg, tile) + hidden + (weights_bytes(seg, tile) if tile.resident else 0)
 
 
 def tiles(seg: Segment, gpu: Gpu) -> Iterator[Tile]:
@@ -108,7 +109,7 @@ def cost(seg: Segment, tile: Tile) -> Cost:
     c_in, middle, c_out = _channels(seg)
     grid = ceil_div(seg.batch, tile.images) * tile.split
     lane = 16 // seg.element
-    weights, read = _weights(seg, tile), tile.images * rows(seg) * c_in * seg.element
+    weights, read = weights_bytes(seg, tile), tile.images * rows(seg) * c_in * seg.element
     warp, row_clocks = adding(seg, tile, c_in)
     # Multiplying: a warp's rounds of both layers, of whole lanes and rows.
     together = min(tile.images, 4)
@@ -127,7 +128,8 @@ def cost(seg: Segment, tile: Tile) -> Cost:
     latency = BLOCK_CLOCKS + loading + row_clocks + waiting + 1.3 * warp
     return Cost(
         grid,
-        grid * (weights + read) + seg.element * seg.batch * c_out,
+        grid * read + seg.element * seg.batch * c_out,
+        grid * weights,
         warp * max(1.0, tile.warps_m / 4),
         latency + (SWAP_CLOCKS if tile.split > 1 else 0),
     )

@@ -10,9 +10,19 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from planner import GPUS, Chain, Gpu, Layer, Plan, PlannerError, Tile, candidates, gpu, plan_chain
+from planner import GPUS, Chain, Gpu, Layer, Plan, PlannerError, Tile, candidates, gpu, module_of, plan_chain
 from planner.chain import ACTIVATIONS, STAGES
-from planner.cost import block_n, cluster_sms, illegal, packed_bytes, segment, touched_bytes, touched_pixels
+from planner.cost import (
+    Segment,
+    block_n,
+    cluster_sms,
+    illegal,
+    packed_bytes,
+    segment,
+    touched_bytes,
+    touched_pixels,
+    work,
+)
 
 SETTINGS = settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 OBJECTIVES = st.sampled_from(["time", "traffic"])
@@ -104,7 +114,10 @@ def test_plan_is_whole_and_keeps_its_claims(chain: Chain, card: Gpu, objective: 
         assert 0 < tile.blocks * tile.threads / card.max_threads_per_sm <= module.occupancy <= 1
         assert module.recompute >= 1
         padding = sum(packed_bytes(seg, tile)) - seg.element * seg.weight_elements
-        assert padding >= 0 and module.dram_bytes == seg.compulsory_bytes + padding
+        least, done = seg.compulsory_bytes + padding, work(seg, tile, card.sms)
+        assert padding >= 0 and least <= module.dram_bytes <= least + done.again
+        if seg.element * (seg.input_elements + seg.output_elements) < card.l2_bytes / 2:
+            assert module.dram_bytes == least
         assert module.traffic_bytes >= seg.compulsory_bytes
     assert plan.traffic_after >= compulsory_bytes(chain)
     assert plan.traffic_before >= compulsory_bytes(chain)
@@ -224,6 +237,26 @@ def block(batch: int = 1, dtype: str = "float16") -> Chain:
         ),
         batch, 28, 28, dtype, "block",
     )  # fmt: skip
+
+
+def test_what_l2_does_not_hold_is_read_again() -> None:
+    """X of a pointwise whose thread blocks have half of the output channels each, the first half before the second."""
+    card, width = gpu("H200"), 512
+    tile = Tile(tile_h=1, tile_w=64, chunk=64, warps_m=4, warps_n=2, block_n=width // 2, wgmma=1)
+    for batch, times in ((1, 1), (1024, 2)):  # 0.8 MB, 822 MB
+        chain = Chain((Layer("pw", width, width),), batch, 28, 28)
+        seg = segment(chain, 0, 0)
+        assert seg
+        for resident, reads in ((0, times), (1, 1)):
+            module = module_of(chain, card, 0, 0, replace(tile, resident=resident, chunk=32 if resident else 64))
+            assert module is None or module.dram_bytes == (
+                seg.compulsory_bytes + (reads - 1) * 2 * seg.input_elements + padding(seg, module.tile)
+            )
+            assert module or resident
+
+
+def padding(seg: Segment, tile: Tile) -> int:
+    return sum(packed_bytes(seg, tile)) - seg.element * seg.weight_elements
 
 
 @pytest.mark.parametrize("batch", [1, 16, 128])
