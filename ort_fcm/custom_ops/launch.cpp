@@ -60,8 +60,8 @@ void launch_module(const Gpu& gpu, const Spec& spec, const CallShape& shape, Map
   attributes[0].id = cuda::kProgrammaticStreamSerialization;
   attributes[0].serialization = 1;
   attributes[1].id = cuda::kClusterDimension;
-  attributes[1].cluster = {1, 1, unsigned(l.cluster_z)};
-  const unsigned attribute_count = gpu.capability < 90 ? 0 : l.cluster_z > 1 ? 2 : 1;
+  attributes[1].cluster = {1, 1, unsigned(l.grid_z)};
+  const unsigned attribute_count = gpu.capability < 90 ? 0 : l.grid_z > 1 ? 2 : 1;
   const cuda::LaunchConfig config{unsigned(l.grid_x),
                                   unsigned(l.grid_y),
                                   unsigned(l.grid_z),

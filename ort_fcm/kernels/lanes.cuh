@@ -15,7 +15,6 @@ struct Lanes {
   static constexpr int kGroup = group(S.type), kLane = lane_channels(S.type);
   static constexpr int kElement = element_bytes(S.type);
   static constexpr int kBlocks8 = kGroup / 8;  // 8-channel products of a group
-  static constexpr int kPatch = S.tile.patch_h;
 
   FCM_DEVICE static int lane() { return thread_index() % 32; }
   FCM_DEVICE static int row() { return lane() / 4; }     // g

@@ -145,7 +145,7 @@ inline void run_grid(const Launch& l, unsigned seed, std::function<void()> kerne
   machine.kernel = std::move(kernel);
   machine.grid_x = (int)l.grid_x;
   std::mt19937 random(seed);
-  const int fibers = l.threads * l.cluster_z;
+  const int fibers = l.threads * l.grid_z;
   std::unique_ptr<char[]> stacks(new char[kStack * fibers]);
   for (long long x = 0; x < l.grid_x; ++x)
     for (int y = 0; y < l.grid_y; ++y) {
@@ -153,7 +153,7 @@ inline void run_grid(const Launch& l, unsigned seed, std::function<void()> kerne
       std::vector<Fiber*> live;
       machine.blocks.clear();
       machine.cluster = Gate{fibers, 0, 0};
-      for (int z = 0; z < l.cluster_z; ++z) {
+      for (int z = 0; z < l.grid_z; ++z) {
         auto block = std::make_unique<Block>();
         block->x = (int)x, block->y = y, block->z = z;
         block->shared = (char*)std::aligned_alloc(128, (l.shared_bytes + 127) / 128 * 128 + 128);

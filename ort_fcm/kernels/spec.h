@@ -358,7 +358,7 @@ constexpr int shared_bytes(const Spec& s) { return is_gate(s) ? gate_bytes(s) : 
 
 struct Launch {
   long long grid_x;  // tiles, then images
-  int grid_y, grid_z, threads, cluster_z, shared_bytes;
+  int grid_y, grid_z, threads, shared_bytes;  // a cluster is all blocks along z
   int mid_h, mid_w, out_h, out_w, tiles_x, tiles_y;
   int pool_rows;
 };
@@ -377,7 +377,7 @@ constexpr Launch launch(const Spec& s, long long batch, long long h, long long w
   if (is_gate(s)) {
     l.mid_h = l.mid_w = l.out_h = l.out_w = l.tiles_x = l.tiles_y = 1;
     l.grid_x = (batch + s.tile.images - 1) / s.tile.images;
-    l.grid_y = 1, l.grid_z = l.cluster_z = s.tile.split;
+    l.grid_y = 1, l.grid_z = s.tile.split;
     l.threads = threads(s), l.shared_bytes = shared_bytes(s);
     return l;
   }
@@ -407,7 +407,7 @@ constexpr Launch launch(const Spec& s, long long batch, long long h, long long w
     l.grid_x = l.grid_x < blocks ? l.grid_x : blocks;
   }
   if (s.pool) l.pool_rows = s.depthwise ? l.tiles_x * l.tiles_y * tile_pool_rows(s) : flat_pool_rows(l.out_h * l.out_w);
-  l.grid_y = blocks_n(s), l.grid_z = l.cluster_z = s.tile.split;
+  l.grid_y = blocks_n(s), l.grid_z = s.tile.split;
   l.threads = threads(s), l.shared_bytes = shared_bytes(s);
   return l;
 }

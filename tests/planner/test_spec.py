@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner import GPUS, Chain, Gpu, Layer, Tile, candidates
+from planner.chain import STEM_CHANNELS
 from planner.cost import Segment, estimate, illegal, packed_bytes, segment, shared_bytes
 
 KERNELS = Path(__file__).parents[2] / "ort_fcm" / "kernels"
@@ -61,6 +62,17 @@ int main() {
 """
 
 Ask = Callable[[Segment, Tile, int], tuple[int, int, int, str]]
+
+
+def test_stems_are_the_same(tmp_path: Path) -> None:
+    """Input channels up to which a dense convolution is one: matcher and planner in Python, library in C++."""
+    compiler = next((found for name in ("c++", "g++", "clang++") if (found := shutil.which(name))), None)
+    if not compiler:
+        pytest.skip("no C++ compiler")
+    source = tmp_path / "stem.cc"
+    source.write_text(f'#include "spec.h"\nstatic_assert(fcm::kStemChannels == {STEM_CHANNELS}, "stems");\n')
+    done = subprocess.run([compiler, "-std=c++17", "-fsyntax-only", f"-I{KERNELS}", source], capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.fixture(scope="module")
