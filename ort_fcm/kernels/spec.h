@@ -357,7 +357,7 @@ constexpr int shared_bytes(const Spec& s) { return is_gate(s) ? gate_bytes(s) : 
 // ---- Launch
 
 struct Launch {
-  long long grid_x;  // tiles, then images
+  long long grid_x;                           // tiles, then images
   int grid_y, grid_z, threads, shared_bytes;  // a cluster is all blocks along z
   int mid_h, mid_w, out_h, out_w, tiles_x, tiles_y;
   int pool_rows;
