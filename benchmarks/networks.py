@@ -1,12 +1,15 @@
 """Times networks against stock ONNX Runtime at its best, and holds both against float64; results go to a JSON file.
 
     python -m benchmarks.networks --models DIR [--networks mobilenetv2_100,...] [--dtypes float16,float32]
-        [--batches 128,16,1] [--captured] [--seconds 500] [--out benchmarks/results/networks.json]
+        [--batches 128,16,1] [--captured] [--tune] [--seconds 500] [--out benchmarks/results/networks.json]
     python -m benchmarks.networks --models DIR --coverage [--seconds 240]
 
 Cells that the file already has are left (give another --out, or --again, to measure anew), and no cell is begun after
 --seconds, so a run can be cut into pieces. Each cell is one process's measurement of all settings, interleaved; its
 date, versions and revision stand beside it.
+
+--tune: plans are chosen by times measured on the GPU (`rewrite(..., tune=True)`), in about a minute a cell; such cells
+stand beside those planned by estimate, with `tuned` true.
 
 --coverage: every network of DIR in float16 (a quantised one as it is) at batches 1 and 16, in few runs and with graph
 capture, as that is every network's fastest setting, unless it cannot be captured; nothing is held against float64. The
@@ -42,7 +45,7 @@ RESULTS = Path(__file__).parent / "results"
 COVERAGE = RESULTS / "coverage_h200.json"
 # Rewritten in NHWC too: ONNX Runtime then joins its own changes of layout, around pools, with the rewriter's.
 CAPTURED = (*(setting for setting in bench.CUDA_SETTINGS if setting.graph), bench.Setting(True, nhwc=True, graph=True))
-Key = tuple[str, str, int]  # network, type, batch
+Key = tuple[str, str, int, bool]  # network, type, batch, tuned
 Prepared = tuple[bytes, bytes, dict[str, Any]]  # the stock model, the rewritten one, a summary of what was done
 
 
@@ -59,15 +62,15 @@ def errors(result: bench.Result, kept: Mapping[str, Mapping[str, Array]], exact:
     return found
 
 
-def prepare(name: str, dtype: str, batch: int, models: Path, gpu: str) -> Prepared:
-    """The network in the type, a quantised one as it is, and rewritten for the GPU."""
+def prepare(name: str, dtype: str, batch: int, tuned: bool, models: Path, gpu: str) -> Prepared:
+    """The network in the type, a quantised one as it is, and rewritten for the GPU; tuned: on it."""
     try:
         stock = network(name, dtype, batch, models)
     except ort_fcm.FcmError as error:
         if "quantised" not in str(error):
             raise
         stock = network(name, "float32", batch, models)
-    done = ort_fcm.rewrite(stock, gpu=gpu, check=False)
+    done = ort_fcm.rewrite(stock, gpu=gpu, check=False, tune=tuned)
     return stock.SerializeToString(), done.model.SerializeToString(), bench.summary(done.report)
 
 
@@ -96,15 +99,19 @@ def cell(key: Key, prepared: Prepared, args: argparse.Namespace) -> dict[str, An
         result = measure(None)
     if not args.coverage:
         show(bench.table([result]))
-    values = result.to_dict() | {"dtype": key[1], "environment": bench.environment()}
+    values = result.to_dict() | {"dtype": key[1], "tuned": key[3], "environment": bench.environment()}
     if not args.coverage:
         values["error"] = errors(result, kept, reference.run(stock, kept["inputs"], args.images))
     return values
 
 
+def key_of(cell: Mapping[str, Any]) -> Key:
+    return cell["network"], cell["dtype"], cell["batch"], cell.get("tuned", False)
+
+
 def line(cell: Mapping[str, Any]) -> str:
     """A cell in one line."""
-    where = f"{cell['network']} {cell['dtype']} batch {cell['batch']}"
+    where = f"{cell['network']} {cell['dtype']} batch {cell['batch']}{', tuned' * key_of(cell)[3]}"
     if "failed" in cell:
         return f"{where}: failed: {cell['failed']}"
     ran = {t["name"]: t for t in cell["timings"] if t["median_ms"] is not None}
@@ -123,6 +130,7 @@ def main() -> int:
     parser.add_argument("--models", type=Path, help="a directory with NAME*.onnx, static batch or dynamic, float32")
     parser.add_argument("--coverage", action="store_true", help="every network of the directory, in few runs")
     parser.add_argument("--captured", action="store_true", help="only settings with graph capture, the fastest so far")
+    parser.add_argument("--tune", action="store_true", help="choose by times measured on the GPU present")
     parser.add_argument("--networks")
     parser.add_argument("--dtypes")
     parser.add_argument("--batches")
@@ -155,9 +163,9 @@ def main() -> int:
         return 2
     cells: dict[Key, dict[str, Any]] = {}
     if args.out.exists():
-        cells = {(c["network"], c["dtype"], c["batch"]): c for c in json.loads(args.out.read_text())["results"]}
+        cells = {key_of(c): c for c in json.loads(args.out.read_text())["results"]}
     wanted: list[Key] = [
-        (name, dtype, int(batch))
+        (name, dtype, int(batch), args.tune)
         for name in args.networks.split(",")
         for dtype in args.dtypes.split(",")
         for batch in args.batches.split(",")
@@ -166,7 +174,7 @@ def main() -> int:
     left = failed = 0
     processes = get_context("spawn")
     with ProcessPoolExecutor(mp_context=processes) as pool:
-        futures = {key: pool.submit(prepare, *key, args.models, gpu) for key in wanted}
+        futures = {key: pool.submit(prepare, *key, args.models, gpu) for key in wanted if not args.tune}
         wait(futures.values())  # planning beside a measurement would disturb it
     worker = ProcessPoolExecutor(1, processes)
     for key in wanted:
@@ -174,12 +182,14 @@ def main() -> int:
             left += 1
             continue
         try:
-            cells[key] = worker.submit(cell, key, futures[key].result(), args).result()
+            prepared = futures.get(key) or worker.submit(prepare, *key, args.models, gpu)
+            cells[key] = worker.submit(cell, key, prepared.result(), args).result()
         except Exception as error:  # one network that cannot run must not cost the others' results
             worker.shutdown(wait=False)  # a CUDA error can outlast the session
             worker = ProcessPoolExecutor(1, processes)
             reason = " ".join(str(error).split())[:300]
-            cells[key] = {"network": key[0], "dtype": key[1], "batch": key[2], "passed": False, "failed": reason}
+            where = dict(zip(("network", "dtype", "batch", "tuned"), key, strict=True))
+            cells[key] = {**where, "passed": False, "failed": reason}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"results": list(cells.values())}, indent=1) + "\n")
         failed += not cells[key]["passed"]

@@ -3,9 +3,9 @@
     python -m benchmarks.table [--check]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a file of benchmarks/results without
-`.json`, with `/float16` or such to keep one type, `steps` (see benchmarks/steps.py), `paper` (see
-benchmarks/paper.py), or one of the tables of benchmarks/confirm.py. `--check` changes nothing and
-fails where a table is out of date.
+`.json`, with `/float16` or such to keep one type, `torch` and `costs` (of benchmarks/torch_compile.py and costs.py),
+`steps` (see benchmarks/steps.py), `paper` (see benchmarks/paper.py), or one of the tables of benchmarks/confirm.py.
+`--check` changes nothing and fails where a table is out of date.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import confirm, paper, steps
+from benchmarks.networks import key_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "docs/performance.md", "docs/planner.md", "docs/paper.md")
@@ -30,26 +31,84 @@ def number(value: float | None, form: str = ".3g") -> str:
 
 
 def render(cells: list[dict[str, Any]]) -> str:
-    """A Markdown table of networks' cells: times in milliseconds a batch, errors against float64."""
+    """A Markdown table of networks' cells: times in milliseconds a batch, errors against float64; a row says so where
+    the plan was tuned."""
     if not cells:
         return "Not measured yet.\n"
     lines = [
         "| network | type | batch | stock at its best, ms | ort_fcm, ms | ratio | error, stock | error, ort_fcm |",
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
-    for c in sorted(cells, key=lambda c: (c["network"], c["dtype"], c["batch"])):
-        ran = [t for t in c["timings"] if t["median_ms"] is not None]
-        best = {
-            kind: min((t["median_ms"] for t in ran if t["setting"]["rewritten"] == kind), default=None)
-            for kind in (False, True)
-        }
-        dtype = "float32 (TF32)" if c["dtype"] == "float32" else c["dtype"]
+    for c in sorted((c for c in cells if "failed" not in c), key=key_of):
         error = c.get("error", {})
+        name = c["network"] + ", tuned" * key_of(c)[3]
         lines.append(
-            f"| {c['network']} | {dtype} | {c['batch']} | {number(best[False])} ({(c['best_stock'] or '-')[6:]}) "
-            f"| {number(best[True])} | {number(c['ratio'], '.2f')} | {number(error.get('stock'), '.1e')} "
+            f"| {name} | {_type(c)} | {c['batch']} | {number(_best(c, False))} ({(c['best_stock'] or '-')[6:]}) "
+            f"| {number(_best(c, True))} | {number(c['ratio'], '.2f')} | {number(error.get('stock'), '.1e')} "
             f"| {number(error.get('rewritten'), '.1e')} |"
         )
+    return "\n".join([*lines, "", measured_on(cells), ""])
+
+
+def _type(cell: dict[str, Any]) -> str:
+    return "float32 (TF32)" if cell["dtype"] == "float32" else str(cell["dtype"])
+
+
+def _best(cell: dict[str, Any], rewritten: bool) -> float | None:
+    """Milliseconds of the fastest setting."""
+    ran = (t["median_ms"] for t in cell["timings"] if t["setting"]["rewritten"] == rewritten)
+    return min((ms for ms in ran if ms is not None), default=None)
+
+
+def render_torch(cells: list[dict[str, Any]], ours: list[dict[str, Any]]) -> str:
+    """A Markdown table of torch.compile's times beside ours of the same networks, types and batches, planned by
+    estimate."""
+    if not cells:
+        return "Not measured yet.\n"
+    known = {key_of(c): _best(c, True) for c in ours if "failed" not in c}
+    lines = ["| network | type | batch | torch.compile, ms | ort_fcm, ms | ratio |", "|---|---|---:|---:|---:|---:|"]
+    for c in sorted(cells, key=key_of):
+        ms = known.get(key_of(c))
+        ratio = c["median_ms"] / ms if ms else None
+        lines.append(
+            f"| {c['network']} | {_type(c)} | {c['batch']} | {number(c['median_ms'])} | {number(ms)} "
+            f"| {number(ratio, '.2f')} |"
+        )
+    versions = sorted({f"PyTorch {c['torch']}, timm {c['timm']}" for c in cells})
+    where = sorted({f"{c['environment']['gpu']}, {c['environment']['date'][:10]}" for c in cells})
+    return "\n".join([*lines, "", f"torch.compile: {'; '.join(versions)}, on {'; '.join(where)}.", ""])
+
+
+COSTS = {  # what is shown of a cell of benchmarks.costs: its title, and the unit's size
+    "joules_a_run": ("energy a run, J", 1),
+    "dram_bytes": ("device memory, read and written a run, MB", 1e6),
+    "l2_bytes": ("L2, bytes handled a run, MB", 1e6),
+    "memory_bytes": ("peak GPU memory, MB", 1e6),
+    "kernels": ("kernels a run", 1),
+}
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def render_costs(cells: list[dict[str, Any]]) -> str:
+    """A Markdown table of what runs cost besides time, stock in NHWC against rewritten."""
+    found = {(c["network"], c["dtype"], c["batch"], c["setting"]): c for c in cells}
+    lines = ["| network | type | batch | what | stock, NHWC | ort_fcm | saved |", "|---|---|---:|---|---:|---:|---:|"]
+    for (network, dtype, batch, setting), stock in sorted(found.items()):
+        ours = found.get((network, dtype, batch, "rewritten"))
+        if setting != "NHWC" or not ours:
+            continue
+        for key, (title, unit) in COSTS.items():
+            if key in stock and key in ours:
+                before, after = stock[key] / unit, ours[key] / unit
+                lines.append(
+                    f"| {network} | {_type(stock)} | {batch} | {title} | {_amount(before)} | {_amount(after)} "
+                    f"| {1 - after / before:.0%} |"
+                )
+    if len(lines) == 2:
+        return "Not measured yet.\n"
     return "\n".join([*lines, "", measured_on(cells), ""])
 
 
@@ -73,13 +132,20 @@ def _table(name: str, dtype: str | None) -> str:
         return confirm.render(name)
     if name == "paper":
         return paper.render()
-    return steps.render() if name == "steps" else render(_results(name, dtype))
+    if name == "steps":
+        return steps.render()
+    cells = _results(name, dtype)
+    if name == "torch":
+        return render_torch(cells, _results("networks", dtype))
+    return render_costs(cells) if name == "costs" else render(cells)
 
 
 def _results(name: str, dtype: str | None) -> list[dict[str, Any]]:
+    """The cells of a file, each with its environment."""
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
-    cells: list[dict[str, Any]] = json.loads(path.read_text())["results"] if path.exists() else []
-    return [cell for cell in cells if dtype in (None, cell["dtype"])]
+    data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"results": []}
+    common = {"environment": data["environment"]} if "environment" in data else {}
+    return [common | cell for cell in data["results"] if dtype in (None, cell["dtype"])]
 
 
 def main() -> int:

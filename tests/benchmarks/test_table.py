@@ -10,6 +10,15 @@ import pytest
 from benchmarks import table
 from ort_fcm import bench
 
+ENVIRONMENT = {
+    "gpu": "H200",
+    "onnxruntime": "1",
+    "cudnn": 2,
+    "cuda_driver": "3",
+    "date": "2026-01-02 03:04",
+    "revision": "r",
+}
+
 
 def test_pages_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["table", "--check"])
@@ -22,16 +31,31 @@ def test_a_row_has_the_best_of_each() -> None:
     ]
     timings[3] = replace(timings[3], median_ms=None, error="refused")
     result = bench.Result("net", 16, "float16", tuple(timings))
-    environment = {
-        "gpu": "H200",
-        "onnxruntime": "1",
-        "cudnn": 2,
-        "cuda_driver": "3",
-        "date": "2026-01-02 03:04",
-        "revision": "r",
-    }
-    text = table.render(
-        [result.to_dict() | {"environment": environment, "error": {"stock": 1e-3, "rewritten": 1.2e-3}}]
-    )
-    assert "| net | float16 | 16 | 8 (NHWC) | 5 | 1.60 | 1.0e-03 | 1.2e-03 |" in text
+    planned = result.to_dict() | {"environment": ENVIRONMENT, "error": {"stock": 1e-3, "rewritten": 1.2e-3}}
+    tuned = planned | {"tuned": True, "timings": planned["timings"][:-1]}
+    failed = {"network": "net", "dtype": "float16", "batch": 1, "tuned": True, "passed": False, "failed": "no memory"}
+    text = table.render([tuned, failed, planned])
+    rows = [line for line in text.splitlines() if line.startswith(("| net |", "| net,"))]
+    assert rows[0] == "| net | float16 | 16 | 8 (NHWC) | 5 | 1.60 | 1.0e-03 | 1.2e-03 |"
+    assert rows[1].startswith("| net, tuned | float16 | 16 | 8 (NHWC) | 6 ") and len(rows) == 2
     assert "2026-01-02" in text
+    torch = {"network": "net", "dtype": "float16", "median_ms": 11.0, "torch": "2", "timm": "1"}
+    text = table.render_torch(
+        [torch | {"batch": batch, "environment": ENVIRONMENT} for batch in (16, 1)], [tuned, failed, planned]
+    )
+    assert "| net | float16 | 16 | 11 | 5 | 2.20 |" in text, "beside the plan by estimate"
+    assert "| net | float16 | 1 | 11 | - | - |" in text and "PyTorch 2, timm 1" in text
+
+
+def test_costs_stand_beside_stocks() -> None:
+    where = {"network": "net", "dtype": "float16", "batch": 128, "environment": ENVIRONMENT}
+    stock = {"setting": "NHWC", "joules_a_run": 4.0, "dram_bytes": 2e9, "l2_bytes": 8e9, "memory_bytes": 3e9}
+    ours = {"setting": "rewritten", "joules_a_run": 0.5, "dram_bytes": 5e8, "l2_bytes": 2e9, "fault": "and no memory"}
+    lines = table.render_costs([where | ours, where | stock]).splitlines()
+    assert lines[2:5] == [
+        "| net | float16 | 128 | energy a run, J | 4 | 0.5 | 88% |",
+        "| net | float16 | 128 | device memory, read and written a run, MB | 2,000 | 500 | 75% |",
+        "| net | float16 | 128 | L2, bytes handled a run, MB | 8,000 | 2,000 | 75% |",
+    ]
+    assert "Measured on H200" in lines[-1] and "peak" not in "".join(lines)
+    assert table.render_costs([where | stock]) == "Not measured yet.\n"
