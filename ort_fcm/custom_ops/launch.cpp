@@ -50,7 +50,8 @@ void launch_module(const Gpu& gpu, const Spec& spec, const CallShape& shape, Map
   check_aligned(params.scale, "factors G");
 
   const Launch l = launch(spec, shape.batch, in.height, in.width, gpu.multiprocessors);
-  if (l.grid_x > INT_MAX || l.grid_y > 65535) fail("the call needs more thread blocks than a launch has");
+  const bool many = double(l.tiles_x) * l.tiles_y * double(shape.batch) > INT_MAX;  // thread blocks count tiles
+  if (many || l.grid_x > INT_MAX || l.grid_y > 65535) fail("the call needs more thread blocks than a launch has");
   params.batch = int(shape.batch), params.in_h = int(in.height), params.in_w = int(in.width);
   params.mid_h = l.mid_h, params.mid_w = l.mid_w, params.out_h = l.out_h, params.out_w = l.out_w;
   params.tiles_x = l.tiles_x, params.tiles_y = l.tiles_y, params.pool_rows = l.pool_rows;

@@ -82,10 +82,16 @@ std::vector<Tile> ladder(const Spec& spec, const Limits& limits) {
     tile.chunk = group(spec.type), tile.warps_m = 8, tile.split = limits.clusters ? 8 : 1;
     return {tile};
   }
+  const int step = group(spec.type);
+  if (is_strip(spec)) {
+    Tile tile;
+    tile.tile_h = tile.patch_h = 2, tile.tile_w = 4;
+    tile.chunk = step, tile.block_n = 2 * step;
+    return {tile};
+  }
   struct Size {
     int h, w;
   };
-  const int step = group(spec.type);
   std::vector<Tile> tiles;
   for (const Size size : {Size{8, 8}, {8, 4}, {4, 4}, {2, 4}, {2, 2}, {1, 2}})
     // Output channels are cut when they must be, or when it costs no work twice: in a chain that ends in a depthwise.

@@ -77,20 +77,22 @@ struct Depthwise {
     FCM_UNROLL
     for (int py = 0; py < P; ++py) {
       FCM_UNROLL
-      for (int px = 0; px < 2; ++px) out[py][px] = finish(sum[py][px], slope);
+      for (int px = 0; px < 2; ++px) out[py][px] = finish<kRectifies>(sum[py][px], slope);
     }
   }
 
-  FCM_DEVICE static Vec finish(const Vec& sum, const float* slope) {
+  // The activation of sums, words of channels as a Vec has them. RECTIFIED: max(x, 0) is done.
+  template <bool RECTIFIED, class Words>
+  FCM_DEVICE static Words finish(const Words& sum, const float* slope) {
     constexpr Act act = S.depthwise_act;
     constexpr bool kSlope = act.kind == Activation::prelu;
-    Vec v;
+    Words v;
     FCM_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < (int)(sizeof(Words) / 4); ++i) {
       if constexpr (!L::kHalf) {
         v.r[i] = float_bits(activate(act, bits_float(sum.r[i]), kSlope ? slope[i] : 0.f));
       } else if constexpr (packs(act.kind)) {
-        v.r[i] = activate_half2<kRectifies>(act, sum.r[i]);
+        v.r[i] = activate_half2<RECTIFIED>(act, sum.r[i]);
       } else {
         v.r[i] = activate_pack(act, half2_low(sum.r[i]), half2_high(sum.r[i]), kSlope ? slope[2 * i] : 0.f,
                                kSlope ? slope[2 * i + 1] : 0.f);

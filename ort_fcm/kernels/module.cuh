@@ -12,6 +12,7 @@
 #include "pool.cuh"
 #include "primitives.cuh"
 #include "spec.h"
+#include "strip.cuh"
 
 namespace fcm {
 
@@ -1184,6 +1185,8 @@ template <class C>
 FCM_DEVICE void run_module(const Params& p) {
   if constexpr (is_gate(C::spec)) {
     Gate<C>(p).run();
+  } else if constexpr (is_strip(C::spec)) {
+    Strip<C>(p).run();
   } else {
     Module<C> module(p);
     module.run();

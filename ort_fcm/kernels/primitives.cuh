@@ -72,6 +72,29 @@ FCM_DEVICE void load_constants(u32 (&r)[4], const void* from) {
 FCM_DEVICE void load_constants(u32 (&r)[2], const void* from) {
   asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(r[0]), "=r"(r[1]) : "l"(from));
 }
+FCM_DEVICE void load_constants(u32 (&r)[1], const void* from) {
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(r[0]) : "l"(from));
+}
+
+// Of what earlier kernels wrote; zeros if not `valid`. Volatile, so that loads stay behind the wait for these kernels,
+// and in front of what they are written in front of.
+FCM_DEVICE void load_if(u32 (&r)[1], const void* from, bool valid) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; mov.u32 %0, 0; @p ld.global.u32 %0, [%1];}"
+               : "=&r"(r[0])
+               : "l"(from), "r"((u32)valid));
+}
+FCM_DEVICE void load_if(u32 (&r)[2], const void* from, bool valid) {
+  asm volatile("{.reg .pred p; setp.ne.u32 p, %3, 0; mov.u32 %0, 0; mov.u32 %1, 0; @p ld.global.v2.u32 {%0, %1}, [%2];}"
+               : "=&r"(r[0]), "=&r"(r[1])
+               : "l"(from), "r"((u32)valid));
+}
+FCM_DEVICE void load_if(u32 (&r)[4], const void* from, bool valid) {
+  asm volatile(
+      "{.reg .pred p; setp.ne.u32 p, %5, 0; mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;\n"
+      "@p ld.global.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "=&r"(r[0]), "=&r"(r[1]), "=&r"(r[2]), "=&r"(r[3])
+      : "l"(from), "r"((u32)valid));
+}
 
 // `x` of the lane whose number differs in the bits of `mask`; all lanes of the warp must be here.
 FCM_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }

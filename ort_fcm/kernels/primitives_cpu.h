@@ -231,6 +231,13 @@ FCM_DEVICE void load_constants(u32 (&r)[WORDS], const void* from) {
   std::memcpy(r, from, sizeof r);
 }
 
+template <int WORDS>
+FCM_DEVICE void load_if(u32 (&r)[WORDS], const void* from, bool valid) {
+  if (valid && (std::uintptr_t)from % sizeof r) std::abort();  // misaligned
+  for (u32& word : r) word = 0;
+  if (valid) std::memcpy(r, from, sizeof r);
+}
+
 // `x`, in a register that is its own: ptxas would copy an operand of several products in front of each of them, since
 // the registers of an operand must be neighbours. `zero` must be, but not be known to be.
 FCM_DEVICE u32 pinned(u32 x, u32 zero) { return x ^ zero; }

@@ -47,7 +47,8 @@ struct Window {
 };
 
 // How the work is cut. The names are the keys of the node's attribute `tile`. Without a depthwise a thread block has
-// 16 * patch_h * warps_m consecutive pixels, and tile_h, tile_w and images are not used.
+// 16 * patch_h * warps_m consecutive pixels, and tile_h, tile_w and images are not used. Of a lone depthwise
+// (`is_strip`) tile_h x tile_w are the pixels of a thread.
 struct Tile {
   int tile_h = 8, tile_w = 8;  // output pixels of a thread block
   int images = 1;              // images of a thread block (more than 1 only when a tile covers the whole output map,
@@ -123,6 +124,12 @@ constexpr long long window_out(long long n, int kernel, int stride, int dilation
 
 // Two pointwises on a mean have a kernel of their own.
 constexpr bool is_gate(const Spec& s) { return s.mean && s.first != Dense::none; }
+
+constexpr int depthwise_taps(const Spec& s) { return s.depthwise_window.kernel_h * s.depthwise_window.kernel_w; }
+// So has a lone depthwise, unless its taps are more than registers hold.
+constexpr bool is_strip(const Spec& s) {
+  return s.depthwise && s.first == Dense::none && s.project == Dense::none && depthwise_taps(s) <= 49;
+}
 
 // ---- Threads
 
@@ -278,7 +285,6 @@ constexpr int first_group_bytes(const Spec& s) {
   return group(s.type) / 8 * (s.tile.wgmma ? round_up(first_steps(s), 2) : first_steps(s)) * 256;
 }
 constexpr int depthwise_tap_bytes(const Spec&) { return 64; }
-constexpr int depthwise_taps(const Spec& s) { return s.depthwise_window.kernel_h * s.depthwise_window.kernel_w; }
 constexpr int depthwise_group_bytes(const Spec& s) { return depthwise_taps(s) * depthwise_tap_bytes(s); }
 constexpr int vectors_group_bytes(const Spec& s, const Act& act) {  // bias, and slope of a PRelu
   return group(s.type) * 4 * (act.kind == Activation::prelu ? 2 : 1);
@@ -330,11 +336,14 @@ constexpr int working_bytes(const Spec& s) {
 constexpr int reduction_at(const Spec& s) { return s.tile.resident ? working_bytes(s) : 0; }
 // Barriers of 8 bytes, one a stage, at which asynchronous copies of weights arrive.
 constexpr int arrivals_at(const Spec& s) { return max(working_bytes(s), reduction_at(s) + reduction_bytes(s)); }
-// ---- Pool: a row of sums for every warp that has pixels of a tile; behind a project, for every 16 pixels of a warp.
+// ---- Pool: a row of sums for every warp that has pixels of a tile; behind a project, for every 16 pixels of a warp;
+// of a strip, for every patch.
 // Without a depthwise, 16 pixels may be of several images, and an image has rows for all that touch it.
 
 constexpr int pool_warps(const Spec& s) { return ceil_div(patches(s), 8); }
-constexpr int tile_pool_rows(const Spec& s) { return pool_warps(s) * (has_project(s) ? s.tile.patch_h : 1); }
+constexpr int tile_pool_rows(const Spec& s) {
+  return is_strip(s) ? 1 : pool_warps(s) * (has_project(s) ? s.tile.patch_h : 1);
+}
 constexpr int flat_pool_rows(int pixels) { return ceil_div(pixels - 1, 16) + 1; }
 
 // ---- Gate: a thread block has `images` images; the blocks of a cluster share the middle and the output
@@ -352,7 +361,20 @@ constexpr int gate_bytes(const Spec& s) {
   return gate_mean_bytes(s) + mean_parts_bytes(s) + gate_hidden_bytes(s) + (s.tile.resident ? weights : 0);
 }
 
-constexpr int shared_bytes(const Spec& s) { return is_gate(s) ? gate_bytes(s) : arrivals_at(s) + 32; }
+// ---- Strip: a thread has tile_h x tile_w pixels for one, two or four words of channels, whose taps stay in its
+// registers. A thread block has block_n channels, shared out over 32 * warps_n lanes, of as many patches as it has
+// threads for; with `resident` it works through many. tile_h is patch_h, and chunk a group.
+
+constexpr int word_channels(Type t) { return 4 / element_bytes(t); }
+constexpr int strip_all_words(const Spec& s) { return ceil_div(min(block_n(s), s.c_in), word_channels(s.type)); }
+constexpr int strip_words(const Spec& s) {
+  const int needed = ceil_div(strip_all_words(s), 32 * s.tile.warps_n);
+  return needed <= 2 ? needed : needed <= 4 ? 4 : needed;
+}
+constexpr int strip_lanes(const Spec& s) { return ceil_div(strip_all_words(s), strip_words(s)); }
+constexpr int strip_patches(const Spec& s) { return threads(s) / strip_lanes(s); }
+
+constexpr int shared_bytes(const Spec& s) { return is_gate(s) ? gate_bytes(s) : is_strip(s) ? 0 : arrivals_at(s) + 32; }
 
 // ---- Launch
 
@@ -398,6 +420,7 @@ constexpr Launch launch(const Spec& s, long long batch, long long h, long long w
   if (s.depthwise) {
     l.tiles_x = ceil_div(l.out_w, s.tile.tile_w), l.tiles_y = ceil_div(l.out_h, s.tile.tile_h);
     l.grid_x = (long long)l.tiles_x * l.tiles_y * ((batch + s.tile.images - 1) / s.tile.images);
+    if (is_strip(s)) l.grid_x = (l.grid_x + strip_patches(s) - 1) / strip_patches(s);
   } else {
     l.tiles_x = l.tiles_y = 1;
     l.grid_x = (batch * out_h * out_w + flat_pixels(s) - 1) / flat_pixels(s);
@@ -447,6 +470,16 @@ constexpr const char* illegal(const Spec& s) {
   if (t.warps_m < 1 || t.warps_n < 1 || warps(s) > 16) return "a thread block has 1 to 16 warps";
   if (t.images < 1 || t.tile_h < 1 || t.tile_w < 1 || t.tile_h > 1024 || t.tile_w > 65536 || t.images > 64)
     return "a tile has at least one image and one pixel";
+  if (is_strip(s)) {
+    if (t.tile_h != t.patch_h || t.tile_w > 32 || t.images != 1 || t.split != 1 || t.wgmma != 0)
+      return "a thread of a lone depthwise has patch_h = tile_h by at most 32 pixels of one image";
+    if (t.chunk != group(s.type) || t.block_n < 0 || t.block_n % group(s.type))
+      return "a lone depthwise has whole groups of channels in block_n, and one in chunk";
+    if (strip_words(s) > 4) return "a thread of a lone depthwise has at most 16 bytes of channels";
+    if (t.resident != 0 && t.resident != 1) return "resident must be 0 or 1";
+    if (t.blocks < 1 || t.blocks * threads(s) > 2048) return "blocks times threads must fit an SM";
+    return nullptr;
+  }
   if (s.depthwise && (t.tile_h % t.patch_h || t.tile_w % 2)) return "a tile must be made of whole patches";
   if (s.depthwise && 8 * t.warps_m < t.images * patches(s)) return "the warps do not cover the tile";
   if (s.mean && t.images > 16 * t.patch_h * t.warps_m) return "the warps do not cover the images";

@@ -53,8 +53,9 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     def window(kind: str) -> str:
         if kind == "pw":
             return _window(1, rng.choice((1, 1, 2)) if stages[0] == "pw" and kind == stages[0] else 1, 1, (0, 0, 0, 0))
-        kernel, stride = rng.choice((3, 3, 5, 7)) if kind == "dw" else 3, rng.choice((1, 2))
-        dilation = rng.choice((1, 1, 2)) if kind == "dw" else 1
+        kernels = (3, 3, 5, 7, 9) if chain == "dw" else (3, 3, 5, 7)  # alone, one of 9x9 has too many taps for a strip
+        kernel, stride = rng.choice(kernels) if kind == "dw" else 3, rng.choice((1, 2))
+        dilation = rng.choice((1, 1, 2)) if kind == "dw" and kernel < 9 else 1
         reach = dilation * (kernel - 1)
         pads = tuple(rng.randint(0, reach) for _ in range(4))
         return _window(kernel, stride, dilation, (pads[0], pads[1], pads[2], pads[3]))
@@ -122,10 +123,23 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
             fields["c_out"] = fields["c_mid"]
     elif last_dense and rng.random() < 0.3:  # uneven shares
         tile["block_n"] = group * rng.choice((1, 2, 3))
+    if chain == "dw" and not fields["depthwise_window"].startswith("{9"):
+        tile = _strip(rng, c_mid, group)
     fields |= {f"tile.{key}": str(value) for key, value in tile.items()}
     if min(_out(fields, height, side=0), _out(fields, width, side=1)) < 1:  # the windows leave nothing
         return draw(rng, chain, type_, activation)
     return Case(tuple(fields.items()), batch, height, width)
+
+
+def _strip(rng: random.Random, channels: int, group: int) -> dict[str, int]:
+    """A tile of a lone depthwise."""
+    height = rng.choice((1, 2, 3, 7))
+    warps_n, block_n = rng.choice((1, 2)), group * rng.choice((0, 1, 2, 3))
+    if -(-min(block_n or channels, channels) // (group // 16)) > 128 * warps_n:
+        block_n = group
+    tile = {"tile_h": height, "patch_h": height, "tile_w": rng.choice((1, 2, 3, 4, 7)), "chunk": group}
+    return tile | {"warps_m": rng.choice((1, 2, 3)), "warps_n": warps_n, "block_n": block_n,
+                   "resident": rng.choice((0, 1))}  # fmt: skip
 
 
 def _gate(rng: random.Random, type_: str, activation: str | None) -> Case:
