@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from math import gcd
 from typing import NamedTuple
 
-from . import gate
+from . import gate, strip
 from .chain import STAGES, STEM_CHANNELS, Chain, Layer, Tile, ceil_div, round_up
 from .gpus import Gpu
 
@@ -46,6 +46,10 @@ class Priors:
     turn_share: float = 0.7922  # of a tile's latency that one after it takes, whose input was fetched ahead
     tail_rounds: float = 0.2214  # rounds lost where thread blocks do not all fit the GPU at once
     dispatch_clocks: float = 486.5  # in which an SM starts a thread block
+    strip_instructions: float = 80.0  # of a warp's patch in a lone depthwise: its place
+    strip_load_instructions: float = 3.5  # the same, of a pixel of X or Y: address, border, load or store
+    strip_wait_clocks: float = 700.0  # the same, of waiting for rows of X
+    strip_clocks: float = 1500.0  # of a thread block of a lone depthwise: its start, the taps, the last stores
     launch_us: float = 1.2  # of a kernel in a captured graph
     base_registers: int = 52  # addresses, counters, pipeline state
     gathered_registers: int = 60  # from sm_100 on, the assembler gathers more loads
@@ -67,7 +71,8 @@ FITTED = (
     "overlap", "l2_share", "copy_instructions", "gather_instructions", "staged_instructions", "store_instructions",
     "sum_instructions", "factor_instructions", "clocks_per_instruction", "product_clocks", "wgmma_clocks",
     "fragment_clocks", "step_clocks", "warp_clocks", "stream_warp_clocks", "wgmma_block_clocks", "split_clocks",
-    "turn_share", "tail_rounds", "dispatch_clocks",
+    "turn_share", "tail_rounds", "dispatch_clocks", "strip_instructions", "strip_load_instructions",
+    "strip_wait_clocks", "strip_clocks",
 )  # fmt: skip
 
 # By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
@@ -114,6 +119,11 @@ class Segment:
     def gate(self) -> bool:
         """Two of these, which have a kernel of their own."""
         return self.mean and len(self.layers) == 2
+
+    @cached_property
+    def strip(self) -> bool:
+        """A lone depthwise, which has a kernel of its own."""
+        return self.stages == "dw" and self.layers[0].taps <= strip.MAX_TAPS
 
     @property
     def pool(self) -> bool:
@@ -369,6 +379,8 @@ def illegal(seg: Segment, tile: Tile) -> str:
         return f"wgmma needs {why}"
     if t.warps_m * t.warps_n > 16 or t.blocks * t.threads > 2048:
         return "a thread block has at most 16 warps, and blocks times threads at most 2048"
+    if seg.strip:
+        return strip.illegal(seg, t)
     if seg.depthwise:
         if t.tile_h % t.patch_h or t.tile_w % 2:
             return "a tile must be made of whole patches"
@@ -430,6 +442,8 @@ def pool_rows(seg: Segment, tile: Tile) -> int:
     """Rows of the sums over an image's map."""
     if not seg.depthwise:
         return ceil_div(seg.maps[-1][0] * seg.maps[-1][1] - 1, 16) + 1
+    if seg.strip:
+        return tiling(seg, tile).tiles
     warps = ceil_div(tile.tile_h // tile.patch_h * (tile.tile_w // 2), 8)
     return tiling(seg, tile).tiles * warps * (tile.patch_h if seg.project else 1)
 
@@ -472,6 +486,8 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
     """Shared memory of a thread block."""
     if seg.gate:
         return gate.shared_bytes(seg, tile)
+    if seg.strip:
+        return 0
     t, groups, warps = tile, tile.chunk // seg.group, tile.warps_m * tile.warps_n
     fragment = FRAGMENT
     once = planes = 0
@@ -550,6 +566,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
     """Registers of a thread, estimated: accumulators, `first`'s fragments, and the hungrier of the phases."""
     if seg.gate:
         return gate.REGISTERS
+    if seg.strip:
+        return strip.registers(seg, tile)
     phase = 16 + 8 * tile.patch_h  # fragments of a tensor-core product
     if seg.streams and tile.wgmma and not (seg.element == 4 and seg.scaled):  # a loop of little but products
         phase -= 24 if seg.element == 2 else 40
@@ -716,10 +734,14 @@ class Work(NamedTuple):
     end_values: float  # its plain instructions on them
     sums: float  # registers of partial sums that it sends, once a tile
     recompute: float
+    waits: float = 0.0  # of a strip: times that it waits for X, once a tile
+    words: int = 1  # of a strip: words of channels of a thread
 
 
 def work(seg: Segment, tile: Tile, sms: int) -> Work:
     """The symbols are those of docs/planner.md."""
+    if seg.strip:
+        return _strip_work(seg, tile, sms)
     t, layer = tile, seg.depthwise
     # Geometry: S spatial tiles, B channel blocks, pixels read.
     e, group, groups, warps = seg.element, seg.group, t.chunk // seg.group, t.warps_m * t.warps_n
@@ -874,8 +896,61 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     )  # fmt: skip
 
 
+def _strip_work(seg: Segment, tile: Tile, sms: int) -> Work:
+    """Its step is a patch; products and copies are none, loads are pixels of X."""
+    t, layer, e, cut = tile, seg.depthwise, seg.element, tiling(seg, tile)
+    assert layer
+    blocks_n, together, own = ceil_div(seg.padded_out, block_n(seg, t)), strip.patches(seg, t), strip.words(seg, t)
+    spatial = spatial_blocks = ceil_div(cut.tiles * seg.batch, together)
+    busy = ceil_div(spatial * blocks_n, sms)
+    if t.resident:
+        spatial_blocks = min(spatial, max(1, sms * t.blocks // blocks_n))
+        busy = min(busy, max(t.blocks, ceil_div(blocks_n, sms)))
+    # L1 holds the rows that the patches of a thread block share: what other thread blocks read is read again.
+    once, overlap = seg.input_elements // seg.c_in, seg.batch * cut.mid_pixels - seg.input_elements // seg.c_in
+    x_pixels = once + overlap / together**0.5
+    width = min(block_n(seg, t), seg.c_in) * e
+    moved = x_pixels * touched_bytes(seg.c_in, e, width) + seg.output_elements // seg.c_out * touched_bytes(
+        seg.c_out, e, width
+    )
+    inner, _ = packed_bytes(seg, t)
+    if seg.residual:
+        moved += e * seg.output_elements
+    if seg.pool:
+        moved += seg.batch * pool_rows(seg, t) * e * seg.c_out
+    pixels = t.tile_h * t.tile_w
+    pack = 2 if e == 2 else 1
+    values = pixels * own * (layer.taps + pack * _ACTIVATION[layer.activation])
+    if seg.pool:
+        values += pixels * own * 2 * pack
+    return Work(
+        spatial * blocks_n, spatial_blocks * blocks_n, ceil_div(spatial, spatial_blocks), busy, t.threads // 32, 1, 1,
+        int(moved), spatial_blocks * inner, seg.compulsory_bytes + inner - e * seg.weight_elements, 0.0, 0.0, values,
+        strip.vectors(seg, t), pixels, 0.0, 0.0, layer.taps, 0.0, 0.0, 0.0, 0.0,
+        pixels * own * (2.0 if seg.residual else 1.0), 0.0, 0.0, 1.0, strip.waits(seg, t), own,
+    )  # fmt: skip
+
+
+def _strip_times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors) -> dict[str, float]:
+    """Microseconds of each resource."""
+    rounds = w.busy / blocks + priors.tail_rounds if w.busy > blocks else 1.0
+    patch = priors.strip_instructions + priors.strip_load_instructions * (w.loads + w.stores) + w.values
+    clocks = priors.strip_wait_clocks * w.waits + priors.clocks_per_instruction * patch
+    issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)
+    wavefronts = w.turns * (w.loads + w.stores) * w.words + w.weight_copies * w.words
+    return {
+        "memory": max(memory_us(gpu, w.dram, w.moved, priors)),
+        "instructions": w.busy * issuing * (w.turns * patch + 2 * w.weight_copies) / 4 / gpu.clock_mhz,
+        "l1": w.busy * w.warps * wavefronts / gpu.clock_mhz,
+        "latency": rounds * (priors.strip_clocks + w.turns * clocks) / gpu.clock_mhz,
+        "dispatch": w.busy * priors.dispatch_clocks / gpu.clock_mhz,
+    }
+
+
 def times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors = PRIORS) -> dict[str, float]:
     """Microseconds of each resource, where an SM holds `blocks` thread blocks."""
+    if seg.strip:
+        return _strip_times(seg, w, gpu, blocks, priors)
     per_clock, per_us, on_tensor = _tensor_rates(seg, gpu, priors, w.operands > 0)
     rounds = w.busy / blocks + priors.tail_rounds if w.busy > blocks else 1.0
     mhz = gpu.clock_mhz

@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import product
 from typing import Any
 
-from . import gate
+from . import gate, strip
 from .chain import Chain, Layer, PlannerError, Tile, ceil_div, round_up
 from .cost import (
     MAX_REGISTERS,
@@ -170,6 +170,9 @@ def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
         return
     if seg.mean:
         yield from _mean_tiles(seg, gpu)
+        return
+    if seg.strip:
+        yield from strip.tiles(seg)
         return
     group, padded = seg.group, seg.padded_out
     chunks = [n * group for n in (1, 2, 4) if n == 1 or n <= seg.middle_groups]

@@ -53,16 +53,21 @@ struct Strip {
       slope[i] = S.depthwise_act.kind == Activation::prelu ? p.depthwise_slope[c + i] : 0.f;
   }
 
+  // The output row (column) of the patch to which input row `r` goes with filter row `k`, or -1.
+  static constexpr int output(int r, int k, int stride, int dilation, int outputs) {
+    const int d = r - k * dilation;
+    return d >= 0 && d % stride == 0 && d / stride < outputs ? d / stride : -1;
+  }
   // Whether any output of the patch takes input row r, or column x.
   static constexpr bool meets_row(int r) {
-    bool any = false;
-    for (int py = 0; py < kHeight; ++py) any |= D::tap(r, py, W.stride_h, W.dilation_h, W.kernel_h) >= 0;
-    return any;
+    for (int k = 0; k < W.kernel_h; ++k)
+      if (output(r, k, W.stride_h, W.dilation_h, kHeight) >= 0) return true;
+    return false;
   }
   static constexpr bool meets_column(int x) {
-    bool any = false;
-    for (int px = 0; px < kWidth; ++px) any |= D::tap(x, px, W.stride_w, W.dilation_w, W.kernel_w) >= 0;
-    return any;
+    for (int k = 0; k < W.kernel_w; ++k)
+      if (output(x, k, W.stride_w, W.dilation_w, kWidth) >= 0) return true;
+    return false;
   }
 
   struct Place {
@@ -123,16 +128,17 @@ struct Strip {
     }
   }
 
-  FCM_DEVICE void multiply_row(Words (&sum)[kHeight][kWidth], const Row& row, int r) const {
+  template <int R>
+  FCM_DEVICE void multiply_row(Words (&sum)[kHeight][kWidth], const Row& row) const {
     FCM_UNROLL
     for (int x = 0; x < kColumns; ++x) {
       FCM_UNROLL
-      for (int py = 0; py < kHeight; ++py) {
+      for (int ky = 0; ky < W.kernel_h; ++ky) {
         FCM_UNROLL
-        for (int px = 0; px < kWidth; ++px) {
-          const int ky = D::tap(r, py, W.stride_h, W.dilation_h, W.kernel_h);
-          const int kx = D::tap(x, px, W.stride_w, W.dilation_w, W.kernel_w);
-          if (ky < 0 || kx < 0) continue;
+        for (int kx = 0; kx < W.kernel_w; ++kx) {
+          const int py = output(R, ky, W.stride_h, W.dilation_h, kHeight);
+          const int px = output(x, kx, W.stride_w, W.dilation_w, kWidth);
+          if (py < 0 || px < 0) continue;
           FCM_UNROLL
           for (int i = 0; i < kWords; ++i) {
             const u32 v = row.column[x].r[i], w = weights[ky * W.kernel_w + kx].r[i];
@@ -146,7 +152,6 @@ struct Strip {
 
   // Row `py` of the patch, of which the products are summed up. `total` are its channels' sums over the patch.
   FCM_DEVICE void store_row(const Place& at, int py, const Words (&sum)[kWidth], float (&total)[kChannels]) const {
-    if (py >= at.rows) return;
     constexpr int kPixel = (S.output_nchw ? 1 : S.c_out) * L::kElement;
     const long long row = (long long)py * p.out_w * kPixel, area = (long long)p.out_h * p.out_w;
     const long long step = (S.output_nchw ? area : 1) * L::kElement;  // from channel to channel
@@ -189,6 +194,24 @@ struct Strip {
   FCM_DEVICE static void store_words(const u32 (&r)[2], char* to) { *(HalfVec*)to = HalfVec{{r[0], r[1]}}; }
   FCM_DEVICE static void store_words(const u32 (&r)[4], char* to) { *(Vec*)to = Vec{{r[0], r[1], r[2], r[3]}}; }
 
+  // Multiplies row R of the patch's input and those that follow, while others are on their way.
+  template <int R>
+  FCM_DEVICE void step(const Place& at, Words (&sum)[kHeight][kWidth], Row (&rows)[kAhead + 1],
+                       float (&total)[kChannels]) const {
+    constexpr int kNext = R + kAhead, kHere = (R + kAhead + 1) % (kAhead + 1);
+    if constexpr (kNext < kRows && meets_row(kNext)) load_row(rows[(kHere + kAhead) % (kAhead + 1)], at, kNext);
+    if constexpr (R >= 0) {
+      if constexpr (meets_row(R))
+        if (has_row(at, R)) multiply_row<R>(sum, rows[kHere]);
+      constexpr int kSince = R - (W.kernel_h - 1) * W.dilation_h;  // the first output row was done
+      if constexpr (kSince >= 0 && kSince % W.stride_h == 0)
+        store_row(at, kSince / W.stride_h, sum[kSince / W.stride_h], total);
+      // A branch after every row keeps the loads of later ones from being gathered in front of it.
+      if (at.rows <= (kSince < 0 ? 0 : kSince / W.stride_h + 1)) return;
+    }
+    if constexpr (R + 1 < kRows) step<R + 1>(at, sum, rows, total);
+  }
+
   FCM_DEVICE void run(int patch) const {
     const Place at = find(patch);
     Words sum[kHeight][kWidth];
@@ -199,16 +222,7 @@ struct Strip {
       for (int px = 0; px < kWidth; ++px) sum[py][px] = bias;
     }
     Row rows[kAhead + 1];
-    FCM_UNROLL
-    for (int r = 0; r < kRows + kAhead; ++r) {
-      if (r < kRows && meets_row(r)) load_row(rows[r % (kAhead + 1)], at, r);
-      const int now = r - kAhead;
-      if (now < 0) continue;
-      if (meets_row(now) && has_row(at, now)) multiply_row(sum, rows[now % (kAhead + 1)], now);
-      FCM_UNROLL
-      for (int py = 0; py < kHeight; ++py)
-        if (now == py * W.stride_h + (W.kernel_h - 1) * W.dilation_h) store_row(at, py, sum[py], total);
-    }
+    step<-kAhead>(at, sum, rows, total);
     if constexpr (S.pool) {
       const float scale = (float)p.pool_rows / ((float)p.out_h * (float)p.out_w);
       const long long row = ((long long)patch * S.c_out + c) * L::kElement;  // patches of an image follow one another

@@ -1,0 +1,114 @@
+"""A lone depthwise, which has a kernel of its own (ort_fcm/kernels/strip.cuh): what a tile takes, and which are tried.
+
+A thread computes a patch of tile_h x tile_w pixels for a few words (4 bytes) of channels, whose taps it holds in
+registers, from global memory. Lanes along the channels of `block_n` come first in a thread block, then patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from .chain import Tile, ceil_div, round_up
+
+if TYPE_CHECKING:
+    from .cost import Segment
+
+MAX_TAPS = 49  # more than registers hold
+MAX_WARPS = 8  # of a thread block
+BASE_REGISTERS = 36  # addresses, the map's border
+
+
+def words(seg: Segment, tile: Tile) -> int:
+    """Words of channels of a thread: 1, 2 or 4; more are illegal."""
+    needed = ceil_div(_block_words(seg, tile), 32 * tile.warps_n)
+    return 4 if needed == 3 else needed
+
+
+def _block_words(seg: Segment, tile: Tile) -> int:
+    return ceil_div(min(tile.block_n or seg.c_in, seg.c_in) * seg.element, 4)
+
+
+def patches(seg: Segment, tile: Tile) -> int:
+    """Patches that a thread block has threads for."""
+    return tile.threads // ceil_div(_block_words(seg, tile), words(seg, tile))
+
+
+def illegal(seg: Segment, tile: Tile) -> str:
+    """Why the kernel cannot run with this tile, on any GPU, where its numbers are those of any tile."""
+    t = tile
+    if t.tile_h != t.patch_h or t.tile_w > 32 or t.images != 1 or t.split != 1 or t.wgmma:
+        return "a thread of a lone depthwise has patch_h = tile_h by at most 32 pixels of one image"
+    if t.chunk != seg.group:
+        return "the chunk of a lone depthwise is a group of channels"
+    return "a thread of a lone depthwise has at most 16 bytes of channels" if words(seg, t) > 4 else ""
+
+
+def _columns(seg: Segment, tile: Tile) -> int:
+    assert seg.depthwise
+    return (tile.tile_w - 1) * seg.depthwise.stride[1] + seg.depthwise.reach[1]
+
+
+def _rows(seg: Segment, tile: Tile) -> int:
+    assert seg.depthwise
+    return (tile.tile_h - 1) * seg.depthwise.stride[0] + seg.depthwise.reach[0]
+
+
+def ahead(seg: Segment, tile: Tile) -> int:
+    """Rows of X that are on their way while one is multiplied."""
+    return max(1, min(_rows(seg, tile) - 1, 24 // (_columns(seg, tile) * words(seg, tile))))
+
+
+def vectors(seg: Segment, tile: Tile) -> int:
+    """Pixels of X that a thread loads for a patch."""
+    assert seg.depthwise
+    kh, kw = seg.depthwise.kernel
+    rows, columns = min(_rows(seg, tile), tile.tile_h * kh), min(_columns(seg, tile), tile.tile_w * kw)
+    return rows * columns
+
+
+def waits(seg: Segment, tile: Tile) -> float:
+    """Times that a thread waits for global memory, for a patch."""
+    return 1 + (_rows(seg, tile) - 1) / ahead(seg, tile)
+
+
+def registers(seg: Segment, tile: Tile) -> int:
+    """Registers of a thread, estimated: taps, the rows of X on their way, and the sums that have begun."""
+    layer, own = seg.depthwise, words(seg, tile)
+    assert layer
+    columns = min(_columns(seg, tile), tile.tile_w * layer.kernel[1])
+    sums = min(tile.tile_h, ceil_div(layer.kernel[0], layer.stride[0])) * tile.tile_w
+    held = own * (layer.taps + 1 + columns * (ahead(seg, tile) + 1) + sums)
+    return BASE_REGISTERS + held
+
+
+def tiles(seg: Segment) -> Iterator[Tile]:
+    """The tiles worth estimating, legal but for what the GPU holds."""
+    out_h, out_w = seg.maps[-1]
+    all_words = ceil_div(seg.c_in * seg.element, 4)
+    lanes: dict[tuple[int, int], None] = {}  # block_n and warps_n
+    for own in (1, 2, 4):
+        for groups in (1, 2, 4, 8):
+            if groups * 16 < all_words and groups * 16 <= 32 * own and groups * 16 > 16 * (own - 1):
+                lanes[groups * seg.group, 1] = None
+        if ceil_div(all_words, 32 * own) <= MAX_WARPS:
+            lanes[0, ceil_div(all_words, 32 * own)] = None
+    for height in _lengths(out_h):
+        for width in _lengths(out_w):
+            for (channels, warps_n), warps in ((lane, n) for lane in lanes for n in (1, 2, 4, 8)):
+                if warps % warps_n and warps_n % warps:
+                    continue
+                tile = Tile(
+                    height, width, 1, height, seg.group, max(1, warps // warps_n), warps_n, channels,
+                )  # fmt: skip
+                if tile.threads > 32 * MAX_WARPS or illegal(seg, tile):
+                    continue
+                used = patches(seg, tile) * ceil_div(_block_words(seg, tile), words(seg, tile))
+                if used >= 0.75 * tile.threads or (channels == 0 and warps == warps_n):
+                    yield tile
+
+
+def _lengths(out: int) -> list[int]:
+    """Sides of a patch: those that waste at most a quarter of the last one."""
+    lengths = {min(length, out) for length in (1, 2, 4, 5, 7, 8)}
+    return sorted(n for n in lengths if n == 1 or round_up(out, n) <= 1.25 * out)
