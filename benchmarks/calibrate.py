@@ -27,6 +27,7 @@ from planner.cost import (
     Segment,
     Work,
     estimate,
+    illegal,
     joined,
     segment,
     times,
@@ -107,6 +108,8 @@ def problems(files: Iterable[Path], card: Gpu) -> list[Problem]:
         if spec["depthwise"] != (known.seg.depthwise is not None):
             continue  # a lone stem, timed when its input was not staged
         tile = Tile(**{name[5:]: value for name, value in spec.items() if name.startswith("tile.")})
+        if known.seg.strip and illegal(known.seg, tile):
+            continue  # a lone depthwise, timed when it had no kernel of its own
         known.timings[tile] = Timing(tile, work(known.seg, tile, card.sms), row["occ"], row["us"])
     return list(found.values())
 

@@ -906,13 +906,10 @@ def _strip_work(seg: Segment, tile: Tile, sms: int) -> Work:
     if t.resident:
         spatial_blocks = min(spatial, max(1, sms * t.blocks // blocks_n))
         busy = min(busy, max(t.blocks, ceil_div(blocks_n, sms)))
-    # L1 holds the rows that the patches of a thread block share: what other thread blocks read is read again.
-    once, overlap = seg.input_elements // seg.c_in, seg.batch * cut.mid_pixels - seg.input_elements // seg.c_in
-    x_pixels = once + overlap / together**0.5
-    width = min(block_n(seg, t), seg.c_in) * e
-    moved = x_pixels * touched_bytes(seg.c_in, e, width) + seg.output_elements // seg.c_out * touched_bytes(
-        seg.c_out, e, width
-    )
+    rows, columns = strip.area(seg, t)
+    read = seg.batch * tiling(seg, replace(t, tile_h=rows, tile_w=columns)).x_pixels
+    written, width = seg.output_elements // seg.c_out, min(block_n(seg, t), seg.c_in) * e
+    moved = read * touched_bytes(seg.c_in, e, width) + written * touched_bytes(seg.c_out, e, width)
     inner, _ = packed_bytes(seg, t)
     if seg.residual:
         moved += e * seg.output_elements

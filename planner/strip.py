@@ -34,6 +34,15 @@ def patches(seg: Segment, tile: Tile) -> int:
     return tile.threads // ceil_div(_block_words(seg, tile), words(seg, tile))
 
 
+def area(seg: Segment, tile: Tile) -> tuple[int, int]:
+    """Rows and columns of output of a thread block whose patches begin a row of the map. X under it is read once: what
+    patches share waits in L1."""
+    out_h, out_w = seg.maps[-1]
+    across, together = ceil_div(out_w, tile.tile_w), patches(seg, tile)
+    rows = max(1, together // across) * tile.tile_h
+    return min(rows, round_up(out_h, tile.tile_h)), min(across, together) * tile.tile_w
+
+
 def illegal(seg: Segment, tile: Tile) -> str:
     """Why the kernel cannot run with this tile, on any GPU, where its numbers are those of any tile."""
     t = tile

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from planner import GPUS, Chain, Gpu, Layer, Plan, PlannerError, Tile, candidates, gpu, module_of, plan_chain
+from planner import GPUS, Chain, Gpu, Layer, Plan, PlannerError, Tile, candidates, gpu, module_of, plan_chain, strip
 from planner.chain import ACTIVATIONS, STAGES
 from planner.cost import (
     Segment,
@@ -191,6 +191,11 @@ def test_traffic_is_what_thread_blocks_read_and_write(chain: Chain, card: Gpu, d
         return sum(1 for pixel in range(low, high) if 0 <= pixel < seg.mid[axis])
 
     tiles = -(-chain.batch // tile.images) * -(-out_h // tile.tile_h) * -(-out_w // tile.tile_w)
+    height, width, access = tile.tile_h, tile.tile_w, (32, 64)
+    if seg.strip:  # a tile is a thread's, and those of a thread block share what they read
+        tiles = -(-tiles // strip.patches(seg, tile))
+        height, width = strip.area(seg, tile)
+        access = (min(block_n(seg, tile), seg.c_in) * seg.element,) * 2
     cuts = -(-seg.padded_out // block_n(seg, tile))
     inner, outer = packed_bytes(seg, tile)
     if tile.resident:  # thread blocks fetch their weights once
@@ -201,17 +206,18 @@ def test_traffic_is_what_thread_blocks_read_and_write(chain: Chain, card: Gpu, d
     x_bytes, y_bytes = seg.c_in * seg.element, seg.c_out * seg.element
     for image in range(0, chain.batch, tile.images):
         images = min(tile.images, chain.batch - image)
-        for top in range(0, out_h, tile.tile_h):
-            for left in range(0, out_w, tile.tile_w):
-                read = images * pixels(0, top, tile.tile_h, out_h) * pixels(1, left, tile.tile_w, out_w)
-                written = images * min(tile.tile_h, out_h - top) * min(tile.tile_w, out_w - left)
-                copied = seg.c_in % vector == 0 and (not seg.first or tile.wgmma)
-                read *= touched_bytes(seg.c_in, seg.element, 32) if copied else x_bytes
+        for top in range(0, out_h, height):
+            for left in range(0, out_w, width):
+                read = images * pixels(0, top, height, out_h) * pixels(1, left, width, out_w)
+                written = images * min(height, out_h - top) * min(width, out_w - left)
+                copied = seg.strip or (seg.c_in % vector == 0 and (not seg.first or tile.wgmma))
+                read *= touched_bytes(seg.c_in, seg.element, access[0]) if copied else x_bytes
                 if seg.first:  # every channel block, and every thread block of a cluster, needs all of X
                     total += read * cuts * tile.split
                 else:
                     total += read * (cuts if project else 1)
-                total += written * (touched_bytes(seg.c_out, seg.element, 64) if seg.c_out % vector == 0 else y_bytes)
+                whole = seg.strip or seg.c_out % vector == 0
+                total += written * (touched_bytes(seg.c_out, seg.element, access[1]) if whole else y_bytes)
                 total += written * y_bytes * seg.residual
     assert module.traffic_bytes == pytest.approx(total, rel=1e-9, abs=1)
 
@@ -290,7 +296,7 @@ def test_equal_shapes_get_equal_tiles_whatever_their_names() -> None:
 
 
 def test_a_layer_that_fits_nowhere_is_skipped_with_its_reason() -> None:
-    tiny = replace(gpu("T4"), shared_per_block=1024)
+    tiny = replace(gpu("T4"), max_threads_per_sm=16)
     plan = plan_chain(block(), tiny)
     assert not plan.modules and [skip.layer for skip in plan.skips] == [0, 1, 2]
     assert all(skip.reason == "no tile of this layer fits T4" for skip in plan.skips)
