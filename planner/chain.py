@@ -154,7 +154,7 @@ class Chain:
 class Tile:
     """How a module's work is cut: the keys of the node's attribute `tile`, with their defaults."""
 
-    tile_h: int = 8  # output pixels of a thread block
+    tile_h: int = 8  # output pixels of a thread block; in a lone depthwise, of a thread (then patch_h is tile_h)
     tile_w: int = 8
     images: int = 1  # images of a thread block (more than 1 only when a tile covers the whole output map, or on a mean)
     patch_h: int = 1  # a thread computes patches of patch_h x 2 output pixels

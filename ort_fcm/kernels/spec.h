@@ -50,7 +50,7 @@ struct Window {
 // 16 * patch_h * warps_m consecutive pixels, and tile_h, tile_w and images are not used. Of a lone depthwise
 // (`is_strip`) tile_h x tile_w are the pixels of a thread.
 struct Tile {
-  int tile_h = 8, tile_w = 8;  // output pixels of a thread block
+  int tile_h = 8, tile_w = 8;  // output pixels of a thread block; of a strip, of a thread
   int images = 1;              // images of a thread block (more than 1 only when a tile covers the whole output map,
                                // or on a mean)
   int patch_h = 1;             // a thread computes patches of patch_h x 2 output pixels
