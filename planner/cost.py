@@ -691,7 +691,7 @@ L2_SHARE = 0.65  # of l2_bytes that hold what both halves have asked for
 def dram_bytes(seg: Segment, w: Work, gpu: Gpu) -> int:
     """Bytes from and to device memory, L2 cold at the start: each once, and what thread blocks of other output channels
     read again after L2 has taken more than it holds."""
-    passes = 1 + w.again // (seg.element * seg.input_elements)
+    passes = 1 + w.again // max(1, seg.element * seg.input_elements)  # windows may touch pads alone
     between = seg.element * (seg.input_elements + seg.output_elements // passes)
     return w.dram + int(w.again * min(1.0, max(0.0, between / (L2_SHARE * gpu.l2_bytes) - 1)))
 
@@ -920,11 +920,14 @@ def _strip_work(seg: Segment, tile: Tile, sms: int) -> Work:
     values = pixels * own * (layer.taps + pack * _ACTIVATION[layer.activation])
     if seg.pool:
         values += pixels * own * 2 * pack
+    turns, dram = ceil_div(spatial, spatial_blocks), seg.compulsory_bytes + inner - e * seg.weight_elements
     return Work(
-        spatial * blocks_n, spatial_blocks * blocks_n, ceil_div(spatial, spatial_blocks), busy, t.threads // 32, 1, 1,
-        int(moved), spatial_blocks * inner, seg.compulsory_bytes + inner - e * seg.weight_elements, 0.0, 0.0, values,
-        strip.vectors(seg, t), pixels, 0.0, 0.0, layer.taps, 0.0, 0.0, 0.0, 0.0,
-        pixels * own * (2.0 if seg.residual else 1.0), 0.0, 0.0, 1.0, strip.waits(seg, t), own,
+        pieces=spatial * blocks_n, grid=spatial_blocks * blocks_n, turns=turns, busy=busy, warps=t.threads // 32,
+        steps=1, split=1, moved=int(moved), weights=spatial_blocks * inner, dram=dram, again=0, products=0.0,
+        operands=0.0, values=values, loads=strip.vectors(seg, t), stores=pixels, factors=0.0, copies=0.0,
+        weight_copies=layer.taps, tiles=0.0, places=0.0, fragments=0.0, adding=0.0, waiting=0.0,
+        ends=pixels * own * (2.0 if seg.residual else 1.0), end_values=0.0, sums=0.0, recompute=1.0,
+        waits=strip.waits(seg, t), words=own,
     )  # fmt: skip
 
 
