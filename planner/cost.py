@@ -35,21 +35,19 @@ class Priors:
     sum_instructions: float = 24.76  # a register of partial sums that goes to another thread block of a cluster
     factor_instructions: float = 80.92  # a warp's 512 bytes of X times their factors
     clocks_per_instruction: float = 2.027  # of one warp alone
-    product_clocks: float = 6.927  # the same, of a tensor-core product
+    product_clocks: float = 5.5  # the same, of a tensor-core product
     wgmma_clocks: float = 1.608  # the same, of 8 channels of a product of 64 pixels
     fragment_clocks: float = 72.02  # the same, of loading a fragment of `first` that goes to shared memory
     step_clocks: float = 270.9  # of a chunk step: its barrier, and the copies' latency that is not hidden
     warp_clocks: float = 209.1  # the same, for each warp of the thread block: the slowest keeps all waiting
     stream_warp_clocks: float = 35.75  # the same, of a lone dense stage
     wgmma_block_clocks: float = 359.6  # of a thread block with wgmma, once
+    first_block_clocks: float = 1000.0  # of one whose depthwise waits for `first`, once
     split_clocks: float = 1923  # of a cluster: its barriers
     turn_share: float = 0.7922  # of a tile's latency that one after it takes, whose input was fetched ahead
-    tail_rounds: float = 0.2214  # rounds lost where thread blocks do not all fit the GPU at once
     dispatch_clocks: float = 486.5  # in which an SM starts a thread block
-    strip_instructions: float = 80.0  # of a warp's patch in a lone depthwise: its place
-    strip_load_instructions: float = 3.5  # the same, of a pixel of X or Y: address, border, load or store
-    strip_wait_clocks: float = 700.0  # the same, of waiting for rows of X
-    strip_clocks: float = 1500.0  # of a thread block of a lone depthwise: its start, the taps, the last stores
+    strip_load_instructions: float = 3.43  # a lone depthwise's, of a pixel of X or Y: address, border, load or store
+    strip_wait_clocks: float = 133.0  # of waiting for rows of X in a lone depthwise
     launch_us: float = 1.2  # of a kernel in a captured graph
     base_registers: int = 52  # addresses, counters, pipeline state
     gathered_registers: int = 60  # from sm_100 on, the assembler gathers more loads
@@ -68,11 +66,11 @@ class Priors:
 
 PRIORS = Priors()
 FITTED = (
-    "overlap", "l2_share", "copy_instructions", "gather_instructions", "staged_instructions", "store_instructions",
-    "sum_instructions", "factor_instructions", "clocks_per_instruction", "product_clocks", "wgmma_clocks",
-    "fragment_clocks", "step_clocks", "warp_clocks", "stream_warp_clocks", "wgmma_block_clocks", "split_clocks",
-    "turn_share", "tail_rounds", "dispatch_clocks", "strip_instructions", "strip_load_instructions",
-    "strip_wait_clocks", "strip_clocks",
+    "overlap", "l2_share", "copy_instructions", "place_instructions", "gather_instructions", "staged_instructions",
+    "store_instructions", "sum_instructions", "factor_instructions", "clocks_per_instruction", "product_clocks",
+    "wgmma_clocks", "fragment_clocks", "step_clocks", "warp_clocks", "stream_warp_clocks", "wgmma_block_clocks",
+    "first_block_clocks", "split_clocks", "turn_share", "dispatch_clocks", "strip_load_instructions",
+    "strip_wait_clocks",
 )  # fmt: skip
 
 # By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
@@ -618,8 +616,6 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             kept += 96
         if seg.stages == "dw-pw" and seg.element == 4:
             kept += 8 * tile.patch_h
-        if seg.project and seg.depthwise and seg.depthwise.taps > 9 and tile.chunk == seg.group and tile.warps_n == 1:
-            kept += 36 if seg.first else 64  # of a large filter, what steps share is held
         if seg.first and not held:  # many loads of the next tile's input are gathered
             kept += 8 * max(0, _first_tiles(seg, tile) * seg.first_steps - 32)
         if seg.stages == "conv-dw":
@@ -933,8 +929,8 @@ def _strip_work(seg: Segment, tile: Tile, sms: int) -> Work:
 
 def _strip_times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors) -> dict[str, float]:
     """Microseconds of each resource; the L1 cache takes 128 bytes a clock."""
-    rounds = w.busy / blocks + priors.tail_rounds if w.busy > blocks else 1.0
-    patch = priors.strip_instructions + priors.strip_load_instructions * (w.loads + w.stores) + w.values
+    rounds = ceil_div(w.busy, blocks)  # all thread blocks take the same time
+    patch = priors.strip_load_instructions * (w.loads + w.stores) + w.values
     clocks = priors.strip_wait_clocks * w.waits + priors.clocks_per_instruction * patch
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)
     wavefronts = w.turns * (w.loads + w.stores) * w.words + w.weight_copies * w.words
@@ -942,7 +938,7 @@ def _strip_times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors) -
         "memory": max(memory_us(gpu, w.dram, w.moved, priors)),
         "instructions": w.busy * issuing * (w.turns * patch + 2 * w.weight_copies) / 4 / gpu.clock_mhz,
         "l1": w.busy * w.warps * wavefronts / gpu.clock_mhz,
-        "latency": rounds * (priors.strip_clocks + w.turns * clocks) / gpu.clock_mhz,
+        "latency": rounds * w.turns * clocks / gpu.clock_mhz,
         "dispatch": w.busy * priors.dispatch_clocks / gpu.clock_mhz,
     }
 
@@ -952,7 +948,7 @@ def times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors = PRIORS)
     if seg.strip:
         return _strip_times(seg, w, gpu, blocks, priors)
     per_clock, per_us, on_tensor = _tensor_rates(seg, gpu, priors, w.operands > 0)
-    rounds = w.busy / blocks + priors.tail_rounds if w.busy > blocks else 1.0
+    rounds = ceil_div(w.busy, blocks)  # all thread blocks take the same time
     mhz = gpu.clock_mhz
     copies = 0 if seg.streams else w.copies
     if gpu.sm < 90:  # from there on, one thread asks for a chunk's
@@ -971,6 +967,8 @@ def times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors = PRIORS)
         turn += priors.split_clocks
     following = (w.turns - 1) * (1 if seg.streams else priors.turn_share)
     latency = (priors.wgmma_block_clocks if w.operands else 0) + (1 + following) * turn
+    if seg.first and seg.depthwise:
+        latency += priors.first_block_clocks
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps
     macs = 2048 if seg.element == 2 else 1024
     vectors = w.turns * (w.loads + w.stores + w.copies + w.operands) + w.weight_copies

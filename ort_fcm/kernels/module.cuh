@@ -822,16 +822,18 @@ struct Module {
     add_moments(a);
     const char* buffer = project_buffer(step) + gi * (block_n(S) / 8) * kFragment;
     constexpr int kBlocks = block_n(S) / 8;
-    constexpr bool kExact = kBlocks == S.tile.warps_n * kWarpGroupsN * kBlocks8;  // else some warps have fewer
-    // Beside a first stage, loading all of a group's weights at once spills: a branch that is never taken keeps them
-    // apart, but for those of the product after this one.
-    constexpr bool kApart = kAhead;
-    constexpr int kProducts = kWarpGroupsN * kBlocks8;
-    const int base = S.tile.warps_n > 1 || kApart ? L::warp_n() * kProducts : 0;
+    constexpr bool kOneWarp = S.tile.warps_n == 1;  // along output channels
+    constexpr int kProducts = kOneWarp ? kBlocks : kWarpGroupsN * kBlocks8;
+    constexpr bool kExact = kBlocks == S.tile.warps_n * kProducts;  // else some warps have fewer
+    // Weights are asked for ahead. Behind a depthwise, loading all of a group's at once, or before its end, spills:
+    // branches that are never taken keep them apart.
+    constexpr bool kApart = S.depthwise && !kFirst;
+    const int base = kOneWarp && !kApart ? 0 : L::warp_n() * kProducts;
     const auto load = [&](int i) {
       const int block8 = base + i;
       return L::template weights<2>(buffer + (kExact ? block8 : min(block8, kBlocks - 1)) * kFragment);
     };
+    if (kAhead && zero()) return;
     Vec next = load(0);
     FCM_UNROLL
     for (int i = 0; i < kProducts; ++i) {
