@@ -988,8 +988,9 @@ def joined(parts: dict[str, float], priors: Priors = PRIORS) -> float:
     return priors.launch_us + total
 
 
-def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Estimate | None:
-    """What the segment costs with a tile; None where the tile does not fit the GPU."""
+def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS, *, held: bool = True) -> Estimate | None:
+    """What the segment costs with a tile; None where the tile does not fit the GPU. The compiler takes what registers
+    the tile's `blocks` leave it; where it is not `held` to these, those that are estimated."""
     if (tile.split > 1 and gpu.sm < 90) or (tile.wgmma and gpu.sm != 90):
         return None
     shared, regs = shared_bytes(seg, tile), registers(seg, tile, gpu, priors)
@@ -997,7 +998,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> Est
         return None
     warps = ceil_div(tile.blocks * tile.threads // 32, 4)  # of one of the SM's quarters
     bound = min(MAX_REGISTERS, gpu.registers_per_sm // (4 * 32 * warps) // 8 * 8)
-    blocks = resident(seg, tile, gpu, shared, min(regs, bound))
+    blocks = resident(seg, tile, gpu, shared, bound if held else min(regs, bound))
     if not blocks:
         return None
     if seg.gate:

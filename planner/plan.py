@@ -234,7 +234,7 @@ def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) 
     found: list[tuple[Tile, Estimate]] = []
     for least_filled in (0.55, 0.0):  # tiles that leave most lanes idle only where nothing else fits
         if not found:
-            costs = ((tile, estimate(seg, tile, gpu, priors)) for tile in _tiles(seg, gpu, least_filled))
+            costs = ((tile, estimate(seg, tile, gpu, priors, held=False)) for tile in _tiles(seg, gpu, least_filled))
             found = [(tile, cost) for tile, cost in costs if cost]
 
     def key(item: tuple[Tile, Estimate]) -> tuple[float, float, bool]:
@@ -248,12 +248,13 @@ def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) 
     if seg.gate:
         return tuple(sorted(found, key=key)[: limit or None])
     enough = NEAR * min((cost.time_us for _, cost in found), default=0.0)
-    near = [item for item in found if item[1].time_us < enough or objective == "traffic"]
-    found += [variant for tile, cost in near for variant in _variants(seg, tile, gpu, cost.grid, priors)]
-    return tuple(
-        (tile if tile.resident or tile.blocks > 1 else _held(seg, tile, gpu, cost.grid, 0, priors), cost)
-        for tile, cost in sorted(found, key=key)[: limit or None]
-    )
+    held: list[tuple[Tile, Estimate]] = []
+    for tile, cost in found:
+        if cost.time_us < enough or objective == "traffic":
+            held += _variants(seg, tile, gpu, cost.grid, priors)
+        else:
+            held.append((_held(seg, tile, gpu, cost.grid, 0, priors), cost))
+    return tuple(sorted(held, key=key)[: limit or None])
 
 
 NEAR = 1.5  # times the best's time: tiles that near are tried in variants too, of which none saves a third
@@ -268,9 +269,10 @@ def _held(seg: Segment, tile: Tile, gpu: Gpu, grid: int, more: int, priors: Prio
 
 
 def _variants(seg: Segment, tile: Tile, gpu: Gpu, grid: int, priors: Priors) -> Iterator[tuple[Tile, Estimate]]:
-    """The tile with resident weights, and either with one more thread block an SM, where nothing spills for it."""
-    tried = {_held(seg, tile, gpu, grid, 0, priors)}
-    for keeps, more in ((1, 0), (0, 1), (1, 1)):
+    """The tile with and without resident weights, and either with one more thread block an SM, where nothing spills for
+    it."""
+    tried = set()
+    for keeps, more in ((0, 0), (1, 0), (0, 1), (1, 1)):
         variant = _held(seg, replace(tile, resident=keeps, blocks=1), gpu, grid, more, priors)
         cost = None if variant in tried else estimate(seg, variant, gpu, priors)
         tried.add(variant)
