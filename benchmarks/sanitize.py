@@ -146,6 +146,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=50, help="no module starts after these")
     parser.add_argument("--gpu", default="H200")
     parser.add_argument("--architecture", default="sm_90a")
+    parser.add_argument("--verbose", action="store_true", help="name each module before it runs")
     parser.add_argument("--prepare", action="store_true", help="only compile, into the library's cache")
     args = parser.parse_args()
     gpu = gpu_by_name(args.gpu)
@@ -154,7 +155,11 @@ def main() -> int:
         compile_all([describe(trial.case) for trial in found], args.architecture)
         return 0
     run, until = Runner(found, args.architecture), time.monotonic() + args.seconds
-    outcomes = [(trial, run(k, trial) if time.monotonic() < until else "left") for k, trial in enumerate(found)]
+    outcomes = []
+    for k, trial in enumerate(found):
+        if args.verbose:
+            print(trial.case.to_line(), flush=True)
+        outcomes.append((trial, run(k, trial) if time.monotonic() < until else "left"))
     return verdict(outcomes)
 
 

@@ -689,7 +689,7 @@ struct Module {
     const char* buffer = first_buffer(step);
     FCM_UNROLL
     for (int m = 0; m < kBatch; ++m) {
-      if (i0 + m >= kFirstTiles) continue;
+      if (i0 + m >= kFirstTiles || first_row(i0 + m) >= place.halo_pixels()) continue;  // its rows are not copied
       FCM_UNROLL
       for (int gi = 0; gi < kChunkGroups; ++gi) {
         FCM_UNROLL
