@@ -49,7 +49,7 @@ class Priors:
     strip_load_instructions: float = 3.43  # a lone depthwise's, of a pixel of X or Y: address, border, load or store
     strip_wait_clocks: float = 133.0  # of waiting for rows of X in a lone depthwise
     launch_us: float = 1.2  # of a kernel in a captured graph
-    module_us: float = 0.8  # of a module among others, more than alone: its code and input are not at hand
+    module_us: float = 0.0  # of a module among others, more than alone: its code and input are not at hand
     base_registers: int = 52  # addresses, counters, pipeline state
     gathered_registers: int = 60  # from sm_100 on, the assembler gathers more loads
     resident_registers: int = 24  # of a thread with resident weights: the next tile's places
