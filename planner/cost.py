@@ -49,11 +49,11 @@ class Priors:
     strip_load_instructions: float = 3.43  # a lone depthwise's, of a pixel of X or Y: address, border, load or store
     strip_wait_clocks: float = 133.0  # of waiting for rows of X in a lone depthwise
     launch_us: float = 1.2  # of a kernel in a captured graph
-    module_us: float = 0.0  # of a module among others, more than alone: its code and input are not at hand
     base_registers: int = 52  # addresses, counters, pipeline state
     gathered_registers: int = 60  # from sm_100 on, the assembler gathers more loads
     resident_registers: int = 24  # of a thread with resident weights: the next tile's places
     spare_registers: int = 16  # kept free below every bound, so that none spill
+    untimed_registers: int = 12  # the same, on GPUs whose kernels were not looked at one by one
     # stock: separate NCHW kernels
     stock_conv_us: float = 5.0  # of a convolution kernel, however small
     stock_elementwise_us: float = 2.5  # of an activation, Add or layout change kernel
@@ -989,13 +989,18 @@ def joined(parts: dict[str, float], priors: Priors = PRIORS) -> float:
     return priors.launch_us + total
 
 
+def spare_registers(gpu: Gpu, priors: Priors = PRIORS) -> int:
+    """Registers of a thread that are kept free below a bound."""
+    return priors.spare_registers + (0 if gpu.sm == 90 else priors.untimed_registers)
+
+
 def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS, *, held: bool = True) -> Estimate | None:
     """What the segment costs with a tile; None where the tile does not fit the GPU. The compiler takes what registers
     the tile's `blocks` leave it; where it is not `held` to these, those that are estimated."""
     if (tile.split > 1 and gpu.sm < 90) or (tile.wgmma and gpu.sm != 90):
         return None
     shared, regs = shared_bytes(seg, tile), registers(seg, tile, gpu, priors)
-    if regs + priors.spare_registers > MAX_REGISTERS:
+    if regs + spare_registers(gpu, priors) > MAX_REGISTERS:
         return None
     warps = ceil_div(tile.blocks * tile.threads // 32, 4)  # of one of the SM's quarters
     bound = min(MAX_REGISTERS, gpu.registers_per_sm // (4 * 32 * warps) // 8 * 8)
@@ -1012,7 +1017,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS, *, hel
         dram_bytes=dram_bytes(seg, done, gpu),
         shared_bytes=shared,
         registers=min(regs, bound),
-        spilled=max(0, regs - bound),
+        spilled=max(0, regs + spare_registers(gpu, priors) - priors.spare_registers - bound),
         resident=blocks,
         grid=done.grid,
         recompute=done.recompute,

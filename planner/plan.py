@@ -24,6 +24,7 @@ from .cost import (
     resident,
     segment,
     shared_bytes,
+    spare_registers,
     stock,
     stock_mean,
     tiling,
@@ -263,7 +264,7 @@ NEAR = 1.5  # times the best's time: tiles that near are tried in variants too, 
 def _held(seg: Segment, tile: Tile, gpu: Gpu, grid: int, more: int, priors: Priors) -> Tile:
     """The tile with the thread blocks an SM should hold: as many as registers surely allow, and `more`, but no more
     than there are in a grid that is not resident."""
-    needed = min(MAX_REGISTERS, registers(seg, tile, gpu, priors) + priors.spare_registers)
+    needed = min(MAX_REGISTERS, registers(seg, tile, gpu, priors) + spare_registers(gpu, priors))
     roomy = resident(seg, tile, gpu, shared_bytes(seg, tile), needed) + more
     return replace(tile, blocks=max(1, min(roomy, ceil_div(grid, gpu.sms), 2048 // tile.threads)))
 
@@ -378,7 +379,7 @@ def plan_chain(
         offer(start, start + 1, 0, key(*doubted[start]), None)
         for last in range(start, min(start + MAX_STAGES, count)):
             for module in modules_of(start, last)[:1]:
-                offer(start, last + 1, 1, key(module.time_us + priors.module_us, module.traffic_bytes), module)
+                offer(start, last + 1, 1, key(module.time_us, module.traffic_bytes), module)
 
     modules: list[Module] = []
     skips: list[Skip] = []

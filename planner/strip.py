@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .chain import Tile, ceil_div, round_up
+from .gate import ROW_PIXELS
 
 if TYPE_CHECKING:
     from .cost import Segment
@@ -112,6 +113,9 @@ def tiles(seg: Segment) -> Iterator[Tile]:
                 )  # fmt: skip
                 if tile.threads > 32 * MAX_WARPS or illegal(seg, tile):
                     continue
+                rows = ceil_div(out_h, height) * ceil_div(out_w, width)
+                if seg.pool and rows > 2 * ceil_div(out_h * out_w, ROW_PIXELS):
+                    continue  # the mean of so many takes longer than they save
                 used = patches(seg, tile) * ceil_div(_block_words(seg, tile), words(seg, tile))
                 if used >= 0.75 * tile.threads or (channels == 0 and warps == warps_n):
                     yield tile

@@ -236,7 +236,7 @@ def test_a_plan_is_saved_edited_and_applied(tmp_path: Path, capsys: pytest.Captu
     assert [m["tile"] for m in data["modules"]] == [m["tile"] for plan in data["plans"] for m in plan["modules"]]
     code, text, _ = command(capsys, "rewrite", source, out, "--batch", 2, "--plan", file)
     assert code == 0 and "Planned for L4" in text and "PASSED" in text
-    tile = "tile_h=2 tile_w=2 images=1 patch_h=1 chunk=16 warps_m=1 warps_n=1 block_n=0 split=1 blocks=1 resident=0"
+    tile = "tile_h=1 tile_w=2 images=1 patch_h=1 chunk=16 warps_m=1 warps_n=1 block_n=0 split=1 blocks=1 resident=0"
     before = 0
     for plan in data["plans"]:
         before += len(plan["modules"])

@@ -117,9 +117,11 @@ def test_the_planner_names_the_parts(seed: int) -> None:
     model = net.model()
     done = ort_fcm.rewrite(model, gpu="H200")
     variants = [module.variant for module in done.report.modules]
-    assert [name.replace("_R", "") for name in variants] == ["PWDW+POOL", "MEAN+PWPW", "SCALE+PW"]
+    *front, pooled, gate, scaled = (name.replace("_R", "") for name in variants)
+    assert (gate, scaled) == ("MEAN+PWPW", "SCALE+PW")
+    assert (front, pooled) in (([], "PWDW+POOL"), (["PW"], "DW+POOL"))  # whichever is estimated to be faster
     assert done.report.convolutions == done.report.in_modules == 5
-    assert done.report.fused_convolutions == 4
+    assert done.report.fused_convolutions == 4 - 2 * len(front)
     check(model, done.model, seed)
 
 
