@@ -610,6 +610,11 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             phase += 16
     held = _first_tiles(seg, tile) * seg.first_steps * 3 if seg.first and _first_in_registers(seg, tile) else 0
     kept = 0  # what a resident block remembers between tiles, and what of the next tile's input is on its way
+    if gpu.sm < 90 and not tile.resident:
+        if seg.depthwise and seg.project and _ACTIVATION[seg.depthwise.activation] > 8:
+            kept += 24
+        if seg.first and not held and seg.element == 4:  # many loads of the input are gathered
+            kept += 4 * max(0, _first_tiles(seg, tile) * seg.first_steps - 28)
     if tile.resident:
         stem = seg.stages.startswith("conv")
         kept = priors.resident_registers + (24 if stem and seg.depthwise else 8 if seg.project and not stem else 32)
