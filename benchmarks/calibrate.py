@@ -1,6 +1,6 @@
 """Fits the constants of the planner's time model to timed tiles, and says how well its choices do.
 
-    python -m benchmarks.calibrate benchmarks/results/tiles_h200_4.jsonl.xz... [--gpu H200] [--fit-batch 128]
+    python -m benchmarks.calibrate benchmarks/results/tiles_h200_6.jsonl.xz... [--gpu H200] [--fit-batch 128]
 
 The lines of the files are those of benchmarks/timings.py. The fit takes residency from there; the figures that follow
 use the planner's own.
