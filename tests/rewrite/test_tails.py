@@ -168,7 +168,8 @@ def test_two_layers_may_be_planned_apart(
 
 def test_the_output_of_a_layer_may_be_needed_besides(fuse: Fuse, seed: int) -> None:
     net = Net(17, seed=seed)
-    hidden = net.op("Relu", gemm(net, flat(net, pooled(net, net.conv(net.input("batch", 8, "h", "w"), 24))), 13))
+    mean = flat(net, pooled(net, net.conv(net.input("batch", 8, "h", "w"), 24)))
+    hidden = net.op("Relu", gemm(net, mean, 40))  # of which ReLU leaves enough values
     net.output(hidden, gemm(net, hidden, transB=1), net.op("Softmax", hidden), rank=2)
     model = net.model()
     result = fuse(model).model
