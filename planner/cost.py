@@ -1085,7 +1085,7 @@ def served_bytes(seg: Segment, tile: Tile, gpu: Gpu) -> Served:
     same_x = tile.split if seg.gate else 1  # thread blocks that take the mean together: of a cluster, so of a group
     sms = min(moved, written) + x * (max(1 / same_x, MERGED[1]) if gpu.sm >= 90 else 1)
     sms += sum(bytes_ * copies * sent(copies, MERGED[0 if tile.resident else 1]) for bytes_, copies in asked)
-    crossing = HOME * written + touched * across(x / touched) + sum(b * across(copies) for b, copies in asked)
+    crossing = HOME * written + touched * across(x / max(1, touched)) + sum(b * across(copies) for b, copies in asked)
     return Served(int(sms), int(sms + crossing + LAUNCH_BYTES + CODE_BYTES * min(grid, gpu.sms)))
 
 
