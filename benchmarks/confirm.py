@@ -16,9 +16,7 @@ where there is no such file) measures, in this order, as far as `--seconds` go:
 
 A time is what `rewrite(..., tune=True)` measures: a launch of many in a replayed graph, always on the same tensors.
 The results hold the estimates of the day, but traffic is estimated anew wherever it is shown. `python -m
-benchmarks.table` makes the tables of docs/planner.md, of traffic from benchmarks/results/traffic_h200.json.xz (`run
---parts traffic`), of many tiles from confirm_tiles_h200.json.xz, of what to fuse from confirm_h200.json.xz, and
-`--export FILE` of `run` lines for `benchmarks.calibrate`.
+benchmarks.table` makes the tables of docs/planner.md, and `--export FILE` of `run` lines for `benchmarks.calibrate`.
 """
 
 from __future__ import annotations
@@ -64,8 +62,6 @@ NETWORKS = (
 BATCHES = (16, 1, 128)  # of the first, all segments come before anything else
 NEAR = 6  # of the planner's next best tiles, to be a match for its choice
 RESULTS = Path(__file__).parent / "results" / "confirm_h200.json.xz"
-TILES = RESULTS.with_name("confirm_tiles_h200.json.xz")
-TRAFFIC = RESULTS.with_name("traffic_h200.json.xz")
 JOBS = Path("build") / "confirm_jobs.json.xz"
 Entry = dict[str, Any]
 
@@ -556,9 +552,8 @@ def fusion_table(data: Entry) -> list[str]:
 TABLES = {"confirm_traffic": traffic_table, "confirm_time": time_table, "confirm_fusion": fusion_table}
 
 
-def render(name: str, path: Path | None = None) -> str:
+def render(name: str, path: Path = RESULTS) -> str:
     """A table of docs/planner.md as Markdown."""
-    path = path or {"confirm_traffic": TRAFFIC, "confirm_time": TILES}.get(name, RESULTS)
     if not path.exists():
         return "Not measured yet.\n"
     data = read(path)
