@@ -1,34 +1,39 @@
 """The paper's table again: its layer pairs, as the planner has them run against stock ONNX Runtime, at batch 1.
 
     python -m benchmarks.paper prepare [--jobs FILE] [--gpu H200]   (no GPU needed)
-    python -m benchmarks.paper run [--jobs FILE] [--seconds 240] [--out FILE]
+    python -m benchmarks.paper run [--jobs FILE] [--known FILE] [--seconds 240] [--out FILE]
 
 The pairs are those of benchmarks/paper_pairs.csv that can be fused, equal ones once, in float16 and float32 (TF32).
 Stock: the CUDA provider, cuDNN's algorithms searched exhaustively, at the faster of NCHW and NHWC (whose input and
 output are NHWC then, as inside a network), its runs captured in a CUDA graph; activations are nodes of their own. Ours:
-the planned module, or modules where the planner does not fuse. Times are those of one run of many in a replayed graph;
-accesses are ncu's `lts__t_bytes` with cold caches, summed over a run's kernels. `run` measures our times and our
-accesses (half a minute on an H200), and, as far as `--seconds` go, stock's times and then its accesses, pair by pair in
-an order drawn at random; `python -m benchmarks.table` makes docs/paper.md.
+the planned module, or modules where the planner does not fuse, planned for time and planned for traffic. Times are
+those of one run of many in a replayed graph; accesses are ncu's `lts__t_bytes` with cold caches, summed over a run's
+kernels. `run` measures our times and our accesses (a minute on an H200), and, as far as `--seconds` go, stock's times
+and then its accesses, pair by pair in an order drawn at random (two minutes and a half). With `--known`, what that file
+has of the same pairs in stock, and of the same modules with the same tiles, is taken from it. `python -m
+benchmarks.table` makes docs/paper.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import math
+import json
+import os
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from ort_fcm.planner import Chain, Layer, plan_chain
+from ort_fcm.planner import Chain, Gpu, Layer, Module, candidates, plan_chain
 from ort_fcm.planner import gpu as gpu_by_name
 
 from benchmarks import confirm, ncu
@@ -41,6 +46,7 @@ PAIRS = Path(__file__).with_name("paper_pairs.csv")
 RESULTS = Path(__file__).parent / "results" / "paper_h200.json.xz"
 JOBS = Path("build") / "paper_jobs.json.xz"
 DTYPES = ("float16", "float32")
+OBJECTIVES = ("time", "traffic")
 LINEAR = ("MobileNetV2", "ProxylessNAS-GPU")  # whose projections to fewer channels have no activation
 RUNS = 20  # in a graph
 TIMED = 0.6  # share of what is left of `--seconds` for stock, in which its times are taken
@@ -73,25 +79,60 @@ def rows() -> list[dict[str, str]]:
     return [row for row in csv.DictReader(lines) if not row["note"]]
 
 
+def planned(chain: Chain, gpu: Gpu, objective: str) -> list[Module]:
+    """The plan's modules; what it would leave to stock, as modules of single layers."""
+    plan = plan_chain(chain, gpu, objective, CAUTIOUS)
+    lone = [candidates(chain, gpu, skip.layer, skip.layer, objective, 1, CAUTIOUS)[0] for skip in plan.skips]
+    return sorted([*plan.modules, *lone], key=lambda module: module.first)
+
+
+def plans(chain: Chain, gpu: Gpu) -> dict[str, list[Module]]:
+    return {objective: planned(chain, gpu, objective) for objective in OBJECTIVES}
+
+
 def prepare(args: argparse.Namespace) -> Entry:
-    """Distinct pairs with their plans (`chains`), and the modules of these, in the form of benchmarks.confirm."""
+    """Distinct pairs with their plans by objective (`chains`), and the modules of these, in the form of
+    benchmarks.confirm."""
     gpu = gpu_by_name(args.gpu)
     found: dict[Chain, list[str]] = {}
     for row in rows():
         for dtype in DTYPES:
             found.setdefault(pair(row, dtype), []).append(f"{row['model']} {row['layer_ids']}")
-    modules: list[Entry] = []
+    modules: dict[str, Entry] = {}
     entries = []
-    for chain, names in found.items():
-        plan = plan_chain(chain, gpu, priors=CAUTIOUS)
-        entry = {**confirm.plain(chain), "names": names, "plan": [], "left": len(plan.skips)}
-        for module in plan.modules:
-            part = confirm.lone(chain, module.first, module.last)
-            entry["plan"].append(len(modules))
-            modules.append(confirm.entry_of(part, module, gpu))
-        entries.append(entry)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        for (chain, names), plan in zip(found.items(), pool.map(plans, found, repeat(gpu), chunksize=4), strict=True):
+            entry: Entry = {**confirm.plain(chain), "names": names, "plan": {}}
+            for objective, parts in plan.items():
+                for module in parts:
+                    made = confirm.entry_of(confirm.lone(chain, module.first, module.last), module, gpu)
+                    modules.setdefault(name := key(made), made)
+                    entry["plan"].setdefault(objective, []).append(list(modules).index(name))
+            entries.append(entry)
+    return whole({"gpu": gpu.name, "chains": entries}, list(modules.values()))
+
+
+def whole(jobs: Entry, modules: list[Entry]) -> Entry:
+    """The jobs with these modules, all of which benchmarks.confirm times and profiles."""
     every = list(range(len(modules)))
-    return {"gpu": gpu.name, "profiled": every, "timed": every, "modules": modules, "chains": entries}
+    return {**jobs, "profiled": every, "timed": every, "modules": modules}
+
+
+def key(entry: Entry) -> str:
+    """What tells a pair from others, and a module with its tile."""
+    tile = [row[0] for row in entry.get("tiles", [])]
+    return json.dumps([confirm.plain(chain_of(entry)), tile], sort_keys=True)
+
+
+def keep(jobs: Entry, known: Entry) -> None:
+    """Takes stock's figures of the same pairs, and ours of the same modules, from another run's."""
+    before = {key(entry): entry for entry in (*known["chains"], *known["modules"])}
+    for entry in jobs["chains"]:
+        same = before.get(key(entry), {})
+        entry |= {name: same[name] for name in ("stock", "counted", "kernels") if name in same}
+    for i, entry in enumerate(jobs["modules"]):
+        jobs["modules"][i] = before.get(key(entry), entry)
+    jobs["known"] = known["environment"]
 
 
 # ---- Stock -----------------------------------------------------------------------------------------------------------
@@ -186,6 +227,8 @@ def stock_times(jobs: Entry, deadline: float) -> None:
     cuda = Cuda()
     faults: list[str] = []
     for entry in drawn(jobs):
+        if entry.get("stock"):
+            continue
         if time.monotonic() > deadline:
             break
         entry["stock"] = {}
@@ -219,7 +262,7 @@ def launch(args: argparse.Namespace) -> None:
     mark = ncu.Mark(cuda)
     for entry in drawn(confirm.read(args.jobs)):
         times = entry.get("stock") or {}
-        if not times:
+        if not times or "counted" in entry:
             continue
         if time.monotonic() > deadline:
             break
@@ -234,8 +277,10 @@ def launch(args: argparse.Namespace) -> None:
 def stock_traffic(jobs: Entry, path: Path, seconds: float) -> None:
     """Adds the sums of the counters over a run's kernels to each pair that was timed. FcmError where none was, and what
     benchmarks.ncu raises."""
-    timed = [entry for entry in drawn(jobs) if entry.get("stock")]
+    timed = [entry for entry in drawn(jobs) if entry.get("stock") and "counted" not in entry]
     if not timed:
+        if any(entry.get("stock") for entry in jobs["chains"]):
+            return  # all known
         raise FcmError("stock's accesses are counted of pairs that were timed, and none was")
     confirm.write(path, jobs)
     command = [sys.executable, "-m", "benchmarks.paper", "launch", "--jobs", str(path), "--seconds", str(seconds)]
@@ -254,11 +299,11 @@ def total(kernels: list[ncu.Kernel]) -> dict[str, float]:
 # ---- What it says ----------------------------------------------------------------------------------------------------
 
 
-def result(entry: Entry, modules: list[Entry]) -> dict[str, Any] | None:
-    """Stock's time over ours (`ratio`), accesses `saved` and `possible` as shares of stock's, and how it is planned;
-    None where a part was not measured, or the planner leaves a layer to stock."""
-    mine = [modules[i] for i in entry["plan"]]
-    if entry["left"] or not entry.get("stock") or any(len(module["tiles"][0]) < 3 for module in mine):
+def result(entry: Entry, modules: list[Entry], objective: str = "time") -> dict[str, Any] | None:
+    """Of the pair as planned for time or for traffic: stock's time over ours (`ratio`), accesses `saved` and `possible`
+    as shares of stock's, and whether it is fused; None where a part was not measured."""
+    mine = [modules[i] for i in entry["plan"].get(objective, [])]
+    if not mine or not entry.get("stock") or any(len(module["tiles"][0]) < 3 for module in mine):
         return None
     us = sum(module["tiles"][0][2] for module in mine)
     layout = min(entry["stock"], key=entry["stock"].__getitem__)
@@ -274,53 +319,62 @@ def result(entry: Entry, modules: list[Entry]) -> dict[str, Any] | None:
 
 def table(data: Entry) -> list[str]:
     """Rows of pairs, both types side by side, and what they say together."""
-    by_pair: dict[str, dict[str, Any]] = {}
+    by_pair: dict[str, dict[tuple[str, str], dict[str, Any]]] = {}
     shape: dict[str, str] = {}
     for entry in data["chains"]:
         chain = chain_of(entry)
         name = ", ".join(entry["names"][:2]) + (f" and {len(entry['names']) - 2} more" if entry["names"][2:] else "")
-        by_pair.setdefault(name, {})[chain.dtype] = result(entry, data["modules"])
         shape[name] = confirm.name_of(chain).removeprefix("1x ")
-    head = "time, stock over ours | accesses saved | possible"
-    lines = [
-        "| pair | layers | " + " | ".join(f"{dtype}: {head}" for dtype in DTYPES) + " |",
-        "|---|---|" + "---:|" * 3 * len(DTYPES),
-    ]
+        for objective in OBJECTIVES:
+            if found := result(entry, data["modules"], objective):
+                by_pair.setdefault(name, {})[chain.dtype, objective] = found
+    head = [
+        f"{dtype}: {title}" for dtype in DTYPES
+        for title in ("stock / ours, us", "saved", "for traffic: stock / ours", "saved", "possible")
+    ]  # fmt: skip
 
-    def cells(found: dict[str, Any] | None) -> str:
-        if not found:
-            return "- | - | -"
-        ratio = f"{found['stock']:.1f} / {found['us']:.1f} = {found['ratio']:.2f}" + (
-            "" if found["fused"] else " (two)"
-        )
-        return " | ".join([ratio, *("-" if found[k] is None else f"{found[k]:.0%}" for k in ("saved", "possible"))])
+    def share(found: dict[str, Any], name: str) -> str:
+        return "-" if found.get(name) is None else f"{found[name]:.0%}"
 
+    def cells(found: dict[tuple[str, str], dict[str, Any]], dtype: str) -> list[str]:
+        fast, lean = (found.get((dtype, objective), {}) for objective in OBJECTIVES)
+        ratios = [f"{part['ratio']:.2f}" + " (two)" * (not part["fused"]) if part else "-" for part in (fast, lean)]
+        times = f"{fast['stock']:.1f} / {fast['us']:.1f} = " if fast else ""
+        return [times + ratios[0], share(fast, "saved"), ratios[1], share(lean, "saved"),
+                share(fast or lean, "possible")]  # fmt: skip
+
+    lines = ["| pair | layers | " + " | ".join(head) + " |", "|---|---|" + "---:|" * len(head)]
     lines += [
-        f"| {name} | {shape[name]} | " + " | ".join(cells(found.get(dtype)) for dtype in DTYPES) + " |"
+        "| " + " | ".join([name, shape[name], *(cell for dtype in DTYPES for cell in cells(found, dtype))]) + " |"
         for name, found in by_pair.items()
     ]
     for dtype in DTYPES:
-        known = [found[dtype] for found in by_pair.values() if found.get(dtype)]
-        if not known:
-            continue
-        ratios = [item["ratio"] for item in known]
-        slower = sum(item["ratio"] < 1 for item in known if item["fused"])
-        mean = math.exp(statistics.mean(map(math.log, ratios)))
-        text = (
-            f"**{dtype}**, {len(known)} pairs: stock's time over ours {max(ratios):.2f} at best, {mean:.2f} in the "
-            f"geometric mean, {min(ratios):.2f} at worst; {sum(item['fused'] for item in known)} fused, {slower} of "
-            "them slower than stock."
-        )
-        counted = [item for item in known if item["saved"] is not None]
-        if counted:
-            saved = [item["saved"] for item in counted]
-            share = statistics.median(item["saved"] / item["possible"] for item in counted)
-            text += (
-                f" Accesses saved: {max(saved):.0%} at best, {statistics.median(saved):.0%} in the median, "
-                f"{min(saved):.0%} at worst; {share:.0%} of what is possible, in the median."
-            )
-        lines += ["", text]
+        for objective in OBJECTIVES:
+            known = [found[dtype, objective] for found in by_pair.values() if (dtype, objective) in found]
+            if known:
+                lines += ["", f"**{dtype}, planned for {objective}**: {together(known)}"]
     return lines
+
+
+def together(found: list[dict[str, Any]]) -> str:
+    """What the pairs say in a few sentences."""
+    ratios = [item["ratio"] for item in found]
+    fused = [item for item in found if item["fused"]]
+    mean = statistics.geometric_mean(ratios)
+    text = (
+        f"{len(found)} pairs: stock's time over ours {max(ratios):.2f} at best, {mean:.2f} in the geometric mean, "
+        f"{min(ratios):.2f} at worst; {len(fused)} fused, "
+        f"{sum(item['ratio'] < 1 for item in fused)} of them slower than stock."
+    )
+    counted = [item for item in found if item["saved"] is not None]
+    if counted:
+        saved = [item["saved"] for item in counted]
+        share = statistics.median(item["saved"] / item["possible"] for item in counted)
+        text += (
+            f" Accesses saved: {max(saved):.0%} at best, {statistics.median(saved):.0%} in the median, "
+            f"{min(saved):.0%} at worst; {share:.0%} of what is possible, in the median."
+        )
+    return text
 
 
 def render(path: Path = RESULTS) -> str:
@@ -330,7 +384,10 @@ def render(path: Path = RESULTS) -> str:
     data = confirm.read(path)
     where = data["environment"]
     note = f"Measured on {where['gpu']}, ONNX Runtime {where['onnxruntime']}, cuDNN {where['cudnn']}, CUDA driver "
-    note += f"{where['cuda_driver']}, {where['date'][:10]}, revision {where['revision']}."
+    note += f"{where['cuda_driver']}, {where['date'][:10]}, revision {where['revision']}"
+    if "known" in data:
+        note += f"; stock, and tiles that were planned before, at revision {data['known']['revision']}"
+    note += "."
     return "\n".join([*table(data), "", note, ""])
 
 
@@ -340,15 +397,20 @@ def run(args: argparse.Namespace) -> None:
         confirm.write(args.jobs, prepare(args))
     jobs = confirm.read(args.jobs)
     jobs["environment"] = bench.environment()
-    print(f"{dict(confirm.timing(jobs, started + args.seconds))} in {time.monotonic() - started:.0f} s", flush=True)
+    if args.known:
+        keep(jobs, confirm.read(args.known))
+    new = whole(jobs, [module for module in jobs["modules"] if "counted" not in module])
+    print(f"{dict(confirm.timing(new, started + args.seconds))} in {time.monotonic() - started:.0f} s", flush=True)
+    part_jobs = args.jobs.with_name(f"part_{args.jobs.name}")
+    confirm.write(part_jobs, new)
 
     def left() -> float:
         return float(started + args.seconds - time.monotonic())
 
     parts: list[Callable[[], None]] = [
-        lambda: confirm.traffic(jobs, args.jobs),
+        lambda: confirm.traffic(new, part_jobs),
         lambda: stock_times(jobs, time.monotonic() + TIMED * left()),
-        lambda: stock_traffic(jobs, args.jobs, left()),
+        lambda: stock_traffic(jobs, part_jobs, left()),
     ]
     for part in parts:
         try:
@@ -365,6 +427,7 @@ def main() -> int:
     parser.add_argument("command", choices=["prepare", "run", "launch", "show"])
     parser.add_argument("--jobs", type=Path, default=JOBS)
     parser.add_argument("--gpu", default="H200")
+    parser.add_argument("--known", type=Path, help="results to take what is the same from")
     parser.add_argument("--seconds", type=float, default=240.0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     return confirm.perform(parser.parse_args(), prepare, launch, run, [render])

@@ -58,30 +58,59 @@ def test_stocks_models_compute_the_pair_in_either_layout(number: int) -> None:
 
 
 def test_a_table_of_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stock takes 6 us in NHWC, ours 2 us a module; stock moves 10 times, ours twice what must move."""
+    """Stock takes 6 us in NHWC, ours 2 us a module, 12 where it is planned for traffic; stock moves 10 times what must
+    move, ours 4 times, and twice where it is planned for traffic."""
     chosen = paper.rows()[:4]
     monkeypatch.setattr(paper, "rows", lambda: chosen)
     data: dict[str, Any] = paper.prepare(argparse.Namespace(gpu="H200"))
     assert len(data["chains"]) == 8
     for entry in data["chains"]:
+        for plan in entry["plan"].values():
+            inside = [layer for i in plan for layer in data["modules"][i]["layers"]]
+            assert [part["kind"] for part in inside] == [part["kind"] for part in entry["layers"]]
         least = confirm.whole(confirm.chain_of(entry)).compulsory_bytes
         entry["stock"] = {"NCHW": 9.0, "NHWC": 6.0}
         entry["counted"] = {"lts__t_bytes.sum": 10.0 * least}
-        for i in entry["plan"]:
-            data["modules"][i]["tiles"][0] += [2.0, 64]
-            data["modules"][i]["counted"] = {"lts__t_bytes.sum": 2.0 * least / len(entry["plan"])}
-        found = paper.result(entry, data["modules"])
-        assert found and found["layout"] == "NHWC"
-        assert [found["ratio"], found["saved"], found["possible"]] == pytest.approx([3 / len(entry["plan"]), 0.8, 0.9])
-        assert found["fused"] == (len(entry["plan"]) == 1)
+        assert not set(entry["plan"]["time"]) & set(entry["plan"]["traffic"]), "choose pairs with other tiles for both"
+        for objective, us, times in (("time", 2.0, 4.0), ("traffic", 12.0, 2.0)):
+            plan = entry["plan"][objective]
+            for module in (data["modules"][i] for i in plan):
+                module["tiles"][0] += [us, 64]
+                module["counted"] = {"lts__t_bytes.sum": times * least / len(plan)}
+            found = paper.result(entry, data["modules"], objective)
+            assert found and found["layout"] == "NHWC" and found["fused"] == (len(plan) == 1)
+            values = [found["ratio"], found["saved"], found["possible"]]
+            assert values == pytest.approx([6 / us / len(plan), 1 - times / 10, 0.9])
     text = "\n".join(paper.table(data))
-    assert text.count("| MobileNetV1") == 4 and "89% of what is possible" in text
+    assert text.count("| MobileNetV1") == 4 and "67% of what is possible" in text and "89% of what is possible" in text
     del data["chains"][0]["stock"]
     assert paper.result(data["chains"][0], data["modules"]) is None
     data["environment"] = dict.fromkeys(("gpu", "onnxruntime", "cudnn", "cuda_driver", "date", "revision"), "x")
     confirm.write(tmp_path / "paper.json.xz", data)
     assert "| -" in paper.render(tmp_path / "paper.json.xz")
     assert paper.render(tmp_path / "none") == "Not measured yet.\n"
+
+
+def test_what_is_known_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another run of two of three pairs: their figures in stock, and those of modules whose tiles are the same."""
+    chosen = paper.rows()[:3]
+    monkeypatch.setattr(paper, "rows", lambda: chosen)
+    jobs: dict[str, Any] = paper.prepare(argparse.Namespace(gpu="H200"))
+    monkeypatch.setattr(paper, "rows", lambda: chosen[:2])
+    known: dict[str, Any] = paper.prepare(argparse.Namespace(gpu="H200")) | {"environment": {"revision": "r"}}
+    for k, entry in enumerate(known["chains"]):
+        entry |= {"stock": {"NCHW": float(k)}, "counted": {"lts__t_bytes.sum": k}, "kernels": ["a"]}
+    changed = known["modules"][0]["tiles"][0]
+    for k, module in enumerate(known["modules"]):
+        module["counted"] = {"lts__t_bytes.sum": k}
+        module["tiles"][0] += [k + 0.5, 64]
+    changed[0] = changed[0].replace("blocks=", "blocks=1")
+    paper.keep(jobs, known)
+    assert [entry.get("stock") for entry in jobs["chains"]] == [*({"NCHW": float(k)} for k in range(4)), None, None]
+    for i, module in enumerate(jobs["modules"]):
+        same = 0 < i < len(known["modules"])
+        assert (module.get("counted") == {"lts__t_bytes.sum": i}) == same == (len(module["tiles"][0]) == 4)
+    assert jobs["known"] == {"revision": "r"}
 
 
 def test_stocks_accesses_are_of_the_pairs_that_were_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +148,10 @@ def test_stocks_accesses_are_of_the_pairs_that_were_timed(tmp_path: Path, monkey
     for entry in jobs["chains"][::2]:
         entry["stock"] = {"NCHW": 2.0, "NHWC": 1.0}
     paper.stock_traffic(jobs, tmp_path / "jobs.json.xz", 60.0)
+    assert launched
+    launched.clear()
+    paper.stock_traffic(jobs, tmp_path / "jobs.json.xz", 60.0)  # nothing is left to count
+    assert not launched
     for i, entry in enumerate(jobs["chains"]):
         chain = confirm.chain_of(entry)
         expected = [f"{confirm.name_of(chain)} {chain.dtype} True"[:60]]
