@@ -100,9 +100,23 @@ def measure(path: Path, gpu: str) -> dict[str, Any]:
 
 
 def ratio(cells: list[dict[str, Any]], network: str, batch: int) -> str:
-    """Stock's time over the rewritten network's."""
-    found = next((c for c in cells if (c["network"], c["batch"]) == (network, batch)), {})
-    return "failed" if "failed" in found else table.number(found.get("ratio"), ".2f")
+    """Stock's time over the rewritten network's, and whether its outputs are right where they are not stock's."""
+    found = next((c for c in cells if (c["network"], c["batch"]) == (network, batch)), {"passed": True})
+    mark = " (2)" if "error" in found else ""
+    return (
+        "failed"
+        if "failed" in found
+        else (table.number(found.get("ratio"), ".2f") + mark + ("" if found["passed"] else ", not right"))
+    )
+
+
+def beyond_rounding(cells: list[dict[str, Any]]) -> list[str]:
+    """The note (2): cells whose outputs differ from stock's by more than rounding explains."""
+    told = [
+        f"{c['network']} at batch {c['batch']}, {c['error']['rewritten']:.1e}, stock {c['error']['stock']:.1e}"
+        for c in cells if "error" in c
+    ]  # fmt: skip
+    return ["", f"(2) Against float64, as it differs from stock: {'; '.join(told)}."] if told else []
 
 
 def page(entries: list[dict[str, Any]], gpu: str, cells: list[dict[str, Any]]) -> str:
@@ -132,6 +146,7 @@ def page(entries: list[dict[str, Any]], gpu: str, cells: list[dict[str, Any]]) -
     lines += [
         "",
         "(1) With `constants=True`: its weights are graph inputs too, and by default nothing is fused.",
+        *beyond_rounding(cells),
         "",
         "The largest difference is over all outputs, relative to the output's largest magnitude, on structured inputs "
         "on the CPU provider, with the library or without.",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -31,6 +33,32 @@ def network(name: str, dtype: str, batch: int, directory: Path | None = None) ->
     drop_overridable_inputs(model.graph)
     set_batch(model, batch)
     return float16_throughout(to_float16(model)) if dtype == "float16" else model
+
+
+def modules(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The fused modules of a rewritten model, in its order."""
+    return [node for node in model.graph.node if node.op_type == "FusedConvModule"]
+
+
+def module_texts(model: onnx.ModelProto) -> list[str]:
+    """Each module of a rewritten model in the words of `ort_fcm.library.kernel_source`, float32 as TF32."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    return [_module_text(node, weights) for node in modules(model)]
+
+
+def _module_text(node: onnx.NodeProto, weights: Mapping[str, TensorProto]) -> str:
+    given: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name != "gpu"}
+    kinds = [kind for kind in given["stages"].decode().split("-") if kind != "mean"]
+    stages = [weights[node.input[1 + 2 * i]] for i in range(len(kinds))]
+    given["channels"] = [stages[0].dims[0 if kinds[0] == "dw" else 1], *(weight.dims[0] for weight in stages)]
+    given["type"] = "float16" if stages[0].data_type == TensorProto.FLOAT16 else "tf32"
+    inputs = dict(enumerate(node.input))
+    given |= {"residual": int(bool(inputs.get(7))), "scaled": int(bool(inputs.get(11)))}
+    given["pool"] = int(len(node.output) > 1 and bool(node.output[1]))
+    words = {name: value.decode() if isinstance(value, bytes) else value for name, value in given.items()}
+    return "\n".join(
+        f"{name}={' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in words.items()
+    )
 
 
 def set_batch(model: onnx.ModelProto, batch: int) -> None:
