@@ -3,8 +3,9 @@
     python -m benchmarks.table [--check]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a file of benchmarks/results without
-`.json`, with `/float16` or such to keep one type, `torch` and `costs` (of benchmarks/torch_compile.py and costs.py),
-`steps` (see benchmarks/steps.py), `paper` (see benchmarks/paper.py), or one of the tables of benchmarks/confirm.py.
+`.json`, with `/float16` or such to keep one type, `torch`, `costs` and `sizes_h200` (of benchmarks/torch_compile.py,
+costs.py and sizes.py), `steps` (see benchmarks/steps.py), `paper` (see benchmarks/paper.py), or one of the tables of
+benchmarks/confirm.py.
 `--check` changes nothing and fails where a table is out of date.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -112,6 +114,23 @@ def render_costs(cells: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", measured_on(cells), ""])
 
 
+def render_sizes(cells: list[dict[str, Any]]) -> str:
+    """A Markdown table of runs at sizes not seen before, medians over these."""
+    lines = [
+        "| network | what | sizes | first run, ms | second | third | steady | second over steady |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for cell in (c for c in cells if c["rows"]):
+        first, second, third, steady = (
+            statistics.median(row[name] for row in cell["rows"])
+            for name in ("first_ms", "second_ms", "third_ms", "steady_ms")
+        )
+        over = statistics.median(row["second_ms"] / row["steady_ms"] for row in cell["rows"])
+        times = " | ".join(number(ms) for ms in (first, second, third, steady))
+        lines.append(f"| {cell['network']} | {cell['kind']} | {len(cell['rows'])} | {times} | {over:.2f} |")
+    return "\n".join([*lines, "", measured_on(cells), ""]) if cells else "Not measured yet.\n"
+
+
 def measured_on(cells: list[dict[str, Any]]) -> str:
     """Where and when the cells were measured, as a sentence."""
     where = {
@@ -135,6 +154,8 @@ def _table(name: str, dtype: str | None) -> str:
     if name == "steps":
         return steps.render()
     cells = _results(name, dtype)
+    if name == "sizes_h200":
+        return render_sizes(cells)
     if name == "torch":
         return render_torch(cells, _results("networks", dtype))
     return render_costs(cells) if name == "costs" else render(cells)

@@ -217,12 +217,15 @@ class Runner:
         device: str,
         tf32: bool = True,
         search: str = "EXHAUSTIVE",
+        memory_pattern: bool = True,
     ) -> None:
-        """`feeds` are OrtValues on `device`; `outputs` the shapes to allocate, or None to let the session allocate."""
+        """`feeds` are OrtValues on `device`; `outputs` the shapes to allocate, or None to let the session allocate.
+        `memory_pattern`: ONNX Runtime's own, by which a second run at a size allocates one block for all tensors."""
         import onnxruntime as ort
 
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.enable_mem_pattern = memory_pattern
         if setting.rewritten:
             from ort_fcm import library_path
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks import table
+from benchmarks import sizes, table
 from ort_fcm import bench
 
 ENVIRONMENT = {
@@ -45,6 +45,17 @@ def test_a_row_has_the_best_of_each() -> None:
     )
     assert "| net | float16 | 16 | 11 | 5 | 2.20 |" in text, "beside the plan by estimate"
     assert "| net | float16 | 1 | 11 | - | - |" in text and "PyTorch 2, timm 1" in text
+
+
+def test_new_sizes_in_the_median() -> None:
+    rows = [
+        {"first_ms": 100.0 * k, "second_ms": 3.0 * k, "third_ms": 2.0, "steady_ms": 1.0 * k, "slowest_steady_ms": 9.0}
+        for k in (1, 2, 3)
+    ]
+    cells = [{"network": "net", "kind": kind, "rows": rows} for kind in sizes.KINDS]
+    text = table.render_sizes([c | {"environment": ENVIRONMENT} for c in cells])
+    assert "| net | stock | 3 | 200 | 6 | 2 | 2 | 3.00 |" in text and "Measured on H200" in text
+    assert "| net |" not in table.render_sizes([cells[0] | {"rows": []}])
 
 
 def test_costs_stand_beside_stocks() -> None:
