@@ -47,6 +47,9 @@ struct Module {
   static constexpr bool kWgmma = S.tile.wgmma, kFromRegisters = from_registers(S);
   static constexpr int kStages = stages(S), kEarly = kStages - 1;  // copies are asked for that many steps early
 
+  // Whether a step's products run on while the next copies are asked for and waited for.
+  static constexpr bool kMultipliesFirst = kWgmma && kStreams;
+
   // Shared memory: what a warpgroup multiplies comes first, since it must start at a multiple of kFragment.
   static constexpr int kExchangeAt = 0;  // one a stage
   static constexpr int kMeansAt = kExchangeAt + kStages * exchange_bytes(S);
@@ -944,9 +947,13 @@ struct Module {
   }
   template <int COUNT>
   FCM_DEVICE void store_sums(const Stored<COUNT>& to, const float (&c)[COUNT][kBlocks8][4]) const {
+    typename Pool<C>::Flat flat;
+    if constexpr (S.pool && !S.depthwise) flat = Pool<C>::find(p, place, to.warp_m, to.py);
     const auto pool = [&](const auto& x, int channel) {
-      const Pixel q[2] = {place.output_pixel(p, to.warp_m, to.py, 0), place.output_pixel(p, to.warp_m, to.py, 1)};
-      Pool<C>::store(p, place, to.warp_m, to.py, q, x, channel);
+      if constexpr (S.depthwise)
+        Pool<C>::store(p, place, to.warp_m, to.py, x, channel);
+      else
+        Pool<C>::store(p, place, flat, x, channel);
     };
     Out::template store_groups<COUNT>(p, to.pixels, to.channel, to.end, c, to.ahead, pool);
   }
@@ -1090,8 +1097,10 @@ struct Module {
     for (int step = 0; step < steps + kLag; ++step) {
       copy_async_wait<kEarly - 1>();
       if (kResident ? !kAhead && phase + step == 0 : !kAhead || step > 0) wait_for_weights(step);
+      if constexpr (kMultipliesFirst) wgmma_wait<0>(sums);
       if constexpr (kWgmma) wgmma_reads();
       block_sync();
+      if constexpr (kMultipliesFirst) multiply(step);
       if constexpr (!kResident) copy_weights(step + kEarly);
       if (step + kEarly < steps) {
         if constexpr (!kFirst) copy_input(chunk(step + kEarly), step + kEarly);
@@ -1099,7 +1108,7 @@ struct Module {
         fetch_input(next, steps);
       }
       copy_async_commit();
-      if constexpr (kWgmma)
+      if constexpr (kWgmma && !kMultipliesFirst)
         multiply(step);
       else if (kAhead > 0 && step + 1 < steps)
         first_to_halo(step + 1);
@@ -1107,11 +1116,12 @@ struct Module {
         if (step < steps) produce(step);
       if constexpr (kWgmma && kMomentsTaken && !kFromRegisters)
         if (step >= kLag) add_exchanged_moments(step - kLag);
-      if constexpr (kWgmma && kProject)
+      if constexpr (kWgmma && kProject && !kMultipliesFirst)
         wgmma_wait<0>(sums);
-      else if constexpr (kExchanges)
+      else if constexpr (kExchanges && !kWgmma)
         if (step >= kLag) project_exchanged(step - kLag);
     }
+    if constexpr (kMultipliesFirst) wgmma_wait<0>(sums);
     if constexpr (kLoadsAhead && !kOneStep) fetch_input(next, steps);
     if constexpr (S.tile.split > 1)
       reduce_and_store(more);

@@ -52,32 +52,36 @@ struct Pool {
   // The same of 16 pixels behind a project: patch row `py` of warp `m`. x[side] are this lane's channels from c on of
   // pixel `side` of its two.
   template <int COUNT>
-  FCM_DEVICE static void store(const Params& p, const T& place, int m, int py, const Pixel (&q)[2],
-                               const float (&x)[2][COUNT], int c) {
-    if constexpr (S.depthwise) {
+  FCM_DEVICE static void store(const Params& p, const T& place, int m, int py, const float (&x)[2][COUNT], int c) {
+    float sum[COUNT] = {};
+    add(sum, x, place.output_pixel(p, m, py, 0).valid, place.output_pixel(p, m, py, 1).valid);
+    write<COUNT>(p, place, m, py, sum, c);
+  }
+
+  // Without a depthwise, the 16 may be of several images: the first's image, and where that starts, counted from them
+  // on (0 or less). All in numbers below 2^31: a division of more bits is a hundred instructions.
+  struct Flat {
+    int image, start;
+  };
+  FCM_DEVICE static Flat find(const Params& p, const T& place, int m, int py) {
+    const u32 area = p.out_h * p.out_w, at = place.in_image + (m * P + py) * 16, images = at / area;
+    return {place.image0 + (int)images, (int)(images * area - at)};
+  }
+  template <int COUNT>
+  FCM_DEVICE static void store(const Params& p, const T& place, const Flat& first, const float (&x)[2][COUNT], int c) {
+    const int area = p.out_h * p.out_w, pixel = L::row();
+    for (int n = first.image, start = first.start; n < p.batch && start < 16; ++n, start += area) {
+      const int end = start + area;
       float sum[COUNT] = {};
-      add(sum, x, q[0].valid, q[1].valid);
-      write<COUNT>(p, place, m, py, sum, c);
-    } else {
-      const long long first = place.pixel0 + (m * P + py) * 16;
-      const int area = p.out_h * p.out_w;
-      for (int n = (int)min(first / area, p.batch); n < p.batch && (long long)n * area < first + 16; ++n) {
-        float sum[COUNT] = {};
-        add(sum, x, q[0].valid && q[0].n == n, q[1].valid && q[1].n == n);
-        int row = (int)(first / 16 - (long long)n * area / 16);
-        write_row<COUNT>(p, sum, n, row, c, true);
-        if ((n + 1LL) * area > first + 16) continue;
-        while (++row < p.pool_rows) {  // the image ends here, but others touch more
-          float none[COUNT] = {};
-          write_row<COUNT>(p, none, n, row, c, true);
-        }
-      }
+      add(sum, x, pixel >= start && pixel < end, pixel + 8 >= start && pixel + 8 < end);
+      int row = start < 0 ? (15 - start) / 16 : 0;
+      write_row<COUNT>(p, place, sum, n, row, c, true);
+      if (end > 16) break;
+      while (++row < p.pool_rows) put<COUNT>(p, place, 0.f, n, row, c);  // the image ends here, but others touch more
     }
   }
 
  private:
-  FCM_DEVICE static long long min(long long a, long long b) { return a < b ? a : b; }
-
   template <int COUNT>
   FCM_DEVICE static void add(float (&sum)[COUNT], const float (&x)[2][COUNT], bool first, bool second) {
     FCM_UNROLL
@@ -89,16 +93,21 @@ struct Pool {
     const int image = S.tile.images > 1 ? m / pool_warps(S) : 0, warp = S.tile.images > 1 ? m % pool_warps(S) : m;
     const int in_image = place.y0 / S.tile.tile_h * p.tiles_x + place.x0 / S.tile.tile_w;
     const int row = in_image * tile_pool_rows(S) + (has_project(S) ? warp * P + py : warp);
-    write_row<COUNT>(p, sum, place.image0 + image, row, c, warp < pool_warps(S) && image < place.images);
+    write_row<COUNT>(p, place, sum, place.image0 + image, row, c, warp < pool_warps(S) && image < place.images);
   }
   template <int COUNT>
-  FCM_DEVICE static void write_row(const Params& p, float (&sum)[COUNT], int image, int row, int c, bool there) {
+  FCM_DEVICE static void write_row(const Params& p, const T& place, float (&sum)[COUNT], int image, int row, int c,
+                                   bool there) {
     add_rows<COUNT, 16>(sum);
+    if (there) put<COUNT>(p, place, sum[0], image, row, c);
+  }
+  template <int COUNT>
+  FCM_DEVICE static void put(const Params& p, const T& place, float sum, int image, int row, int c) {
     constexpr int kSplit = 8 / COUNT;  // lanes that hold the same sum
     const int channel = c + L::row() / kSplit;
-    if (!there || channel >= S.c_out || L::row() % kSplit) return;
-    const float mean = sum[0] * ((float)p.pool_rows / ((float)p.out_h * (float)p.out_w));
-    L::put((char*)p.pool + (((long long)image * p.pool_rows + row) * S.c_out + channel) * L::kElement, mean);
+    if (channel >= S.c_out || L::row() % kSplit) return;
+    L::put((char*)p.pool + (((long long)image * p.pool_rows + row) * S.c_out + channel) * L::kElement,
+           sum * place.row_scale);
   }
 };
 

@@ -24,6 +24,8 @@ struct TilePlace {
   int images;                    // images present
   float per_column, per_area;    // 1 / columns, 1 / (rows * columns)
   long long pixel0;              // without a depthwise: the first of the flattened pixels
+  int in_image;                  // for sums of Y: its place in its image, image0
+  float row_scale;               // for sums of Y: what a row of them is multiplied by
 
   // A thread block that works through many tiles takes the same place of one image after another: what it has found out
   // about that place holds on. Others leave neighbours of an image to run together, which share what they read.
@@ -45,7 +47,10 @@ struct TilePlace {
         images(0),
         per_column(0),
         per_area(0),
-        pixel0(0) {
+        pixel0(0),
+        in_image(0),
+        row_scale(0) {
+    if constexpr (S.pool) row_scale = (float)p.pool_rows / ((float)p.out_h * (float)p.out_w);
     if constexpr (S.depthwise) {
       const int tiles = p.tiles_x * p.tiles_y, groups = ceil_div(p.batch, S.tile.images);
       const int in_image = kImagesFirst ? tile / groups : tile % tiles;
@@ -58,6 +63,10 @@ struct TilePlace {
       per_column = 1.f / max(1, columns), per_area = 1.f / max(1, rows * columns);
     } else {
       pixel0 = (long long)tile * flat_pixels(S);
+      if constexpr (S.pool) {
+        const long long area = (long long)p.out_h * p.out_w;
+        image0 = (int)(pixel0 / area), in_image = (int)(pixel0 - image0 * area);
+      }
     }
   }
 
