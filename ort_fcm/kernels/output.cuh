@@ -111,11 +111,15 @@ struct Output {
 
   // A group of a depthwise that ends the module.
   FCM_DEVICE static void store_vector(const Params& p, const Place& q, int c, const Vec& v) {
-    float x[L::kLane];
-    L::unpack(x, v);
-    u32 r[4];
-    load_residual<L::kLane>(p, q, c, r);
-    store<L::kLane>(p, q, c, x, r);
+    if constexpr (!S.residual && vectors(L::kLane)) {
+      if (q.valid && c < S.c_out) *(Vec*)((char*)p.y + (q.at + c) * L::kElement) = v;
+    } else {
+      float x[L::kLane];
+      L::unpack(x, v);
+      u32 r[4];
+      load_residual<L::kLane>(p, q, c, r);
+      store<L::kLane>(p, q, c, x, r);
+    }
   }
 
   // What the store of COUNT groups from channel `base` to `end`, of two pixels, needs besides their products. Where the
