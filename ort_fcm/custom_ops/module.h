@@ -35,6 +35,7 @@ struct Module {
   bool pool = false;       // there is a second output, of sums of Y
   bool scaled = false;     // there are factors of X
   float norm_epsilon = 0;  // above 0: X is normalised over its channels
+  bool passes = false;     // the last stage is a depthwise that hands its input on (`staged`)
   bool varying = false;    // weights, biases or slopes are not constant: each call brings its own
   Act output_act;
   bool input_nchw = false, output_nchw = false;

@@ -51,7 +51,7 @@ std::string kernel_source(const Spec& s) {
   set("residual", s.residual), set("output_act", s.output_act);
   set("input_nchw", s.input_nchw), set("output_nchw", s.output_nchw);
   set("mean", s.mean), set("pool", s.pool), set("scaled", s.scaled);
-  set("norm_epsilon", s.norm_epsilon);
+  set("norm_epsilon", s.norm_epsilon), set("passes", s.passes);
   const Tile& t = s.tile;
   set("tile.tile_h", t.tile_h), set("tile.tile_w", t.tile_w), set("tile.images", t.images);
   set("tile.patch_h", t.patch_h), set("tile.chunk", t.chunk);

@@ -35,6 +35,7 @@ Module staged(Module module) {
   passing.in_channels = passing.out_channels = stem.out_channels;
   passing.weight.assign(size_t(stem.out_channels), 1.f);
   module.stages.push_back(std::move(passing));
+  module.passes = !module.residual && !module.pool;
   return module;
 }
 
@@ -55,6 +56,7 @@ Spec make_spec(const Module& module, Type type) {
   }
   spec.mean = module.mean, spec.pool = module.pool, spec.scaled = module.scaled;
   spec.norm_epsilon = module.norm_epsilon;
+  spec.passes = module.passes;
   spec.residual = module.residual;
   spec.output_act = module.output_act;
   spec.input_nchw = module.input_nchw;

@@ -27,8 +27,10 @@ struct Module {
   static constexpr bool kStreams = streams_input(S), kExchanges = exchanges(S);
   // Whether fragments are computed, and not copied, into the exchange buffers: read a step later.
   static constexpr int kLag = kExchanges && !kStreams ? 1 : 0;
+  // Whether `first` has places for its results in the halo region, and whether these are Y instead.
+  static constexpr bool kPlaced = kFirst && S.depthwise, kPasses = S.passes;
   // The first stage runs a chunk ahead of the depthwise that reads its result.
-  static constexpr int kAhead = kFirst && S.depthwise ? 1 : 0;
+  static constexpr int kAhead = kPlaced && !kPasses ? 1 : 0;
   static constexpr int kGroup = L::kGroup, kChunkGroups = chunk_groups(S), P = S.tile.patch_h;
   static constexpr int kThreads = threads(S);
   static constexpr int kFirstDepth = kFirst ? first_depth(S) : kGroup;
@@ -42,7 +44,7 @@ struct Module {
 
   static constexpr bool kResident = S.tile.resident;
   // Whether the next tile's input is fetched while the last chunk of this one is computed.
-  static constexpr bool kFetchesAhead = kAhead || (!kFirst && S.depthwise) || kStreams;
+  static constexpr bool kFetchesAhead = kAhead || (!kFirst && S.depthwise) || kStreams || kPasses;
 
   static constexpr bool kWgmma = S.tile.wgmma, kFromRegisters = from_registers(S);
   static constexpr int kStages = stages(S), kEarly = kStages - 1;  // copies are asked for that many steps early
@@ -71,11 +73,12 @@ struct Module {
   T place_of_copies;  // the tile whose input is copied
   int phase = 0;      // steps of earlier tiles: buffers go on to alternate
 
-  // `first`: where the pixels of this lane's tiles go in the halo plane, and their input fragments.
+  // `first`: where the pixels of this lane's tiles go in the halo plane, or in Y from the tile's corner on (negative:
+  // nowhere), and their input fragments.
   int halo_offsets[kFirstTiles][2];
   // Where the same pixels (with wgmma, those that this thread copies) are in X, or in its staged part, from the corner
   // of the halo region on; negative where there is none. And where this thread's vectors of the staged part are in X.
-  static constexpr bool kKeepsInputs = kAhead && !kWgmma && (stages_input(S) || In::kWholePixels);
+  static constexpr bool kKeepsInputs = kPlaced && !kWgmma && (stages_input(S) || In::kWholePixels);
   static constexpr int kFirstCopies = kAhead && kWgmma ? ceil_div(kFirstRows * 4, kThreads) : 1;
   static constexpr bool kKeepsCopies = kAhead && kWgmma && In::kWholePixels && kFirstCopies <= 12;
   static constexpr bool kRemembers = remembers_places(S);  // in shared memory
@@ -179,7 +182,7 @@ struct Module {
     }
   }
   FCM_DEVICE void copy_depthwise(int step, int turn) const {
-    if constexpr (S.depthwise) {
+    if constexpr (S.depthwise && !kPasses) {
       if (step < 0 || step >= steps) return;
       constexpr int kBytes = kChunkGroups * depthwise_group_bytes(S);
       char* to = depthwise_buffer(step);
@@ -316,7 +319,7 @@ struct Module {
   // Where the pixels of this lane's tiles of the halo region go. All tiles of which the same part lies on the map
   // agree.
   FCM_DEVICE void find_halo(const T& at) {
-    if constexpr (kAhead > 0) {
+    if constexpr (kPlaced) {
       if constexpr (kRemembers) warp_sync();  // what is there is still read
       FCM_UNROLL
       for (int i = 0; i < kFirstTiles; ++i) {
@@ -324,7 +327,11 @@ struct Module {
         FCM_UNROLL
         for (int side = 0; side < 2; ++side) {
           const Pixel q = at.halo_pixel(tile + side * 8 + L::row());
-          halo_offsets[i][side] = at.halo_offset(q) + L::column() * 16;
+          if constexpr (kPasses)
+            halo_offsets[i][side] =
+                q.valid ? (int)Out::place(p, q.n - at.image0, q.y - at.halo_y(), q.x - at.halo_x()) : -1;
+          else
+            halo_offsets[i][side] = at.halo_offset(q) + L::column() * 16;
           if constexpr (kKeepsInputs) {
             const int image = q.n - at.image0, y = q.y - at.halo_y(), x = q.x - at.halo_x();
             const int offset = stages_input(S) ? In::Staged::offset(image, y, x) : In::halo_offset(p, image, y, x);
@@ -521,10 +528,9 @@ struct Module {
            L::column() * L::kLane;
   }
 
-  // The middle tensor of a chunk on the halo region.
+  // The middle tensor of a chunk on the halo region, or Y.
   FCM_DEVICE void first_to_halo(int step) const {
     const char* buffer = first_buffer(step);
-    char* halo = halo_buffer(step);
     const int g = groups(chunk(step)), tiles = ceil_div(place.halo_pixels(), 16);
     if (first_share() >= kFirstShares) return;
     for (int gi = first_share(); gi < g; gi += kFirstShares) {
@@ -534,22 +540,29 @@ struct Module {
         constexpr int kPair = kFirstTiles > 1 ? 2 : 1;
         if (first_tile(i) >= tiles) break;
         if (kPair == 2 && i + 1 < kFirstTiles && first_tile(i + 1) < tiles)
-          first_tiles_to_halo<kPair>(i, buffer, halo, gi, kept);
+          first_tiles_to_halo<kPair>(i, step, gi, kept);
         else
-          first_tiles_to_halo<1>(i, buffer, halo, gi, kept);
+          first_tiles_to_halo<1>(i, step, gi, kept);
       }
     }
   }
   template <int COUNT>
-  FCM_DEVICE void first_tiles_to_halo(int i, const char* buffer, char* halo, int gi, const FirstGroup& kept) const {
+  FCM_DEVICE void first_tiles_to_halo(int i, int step, int gi, const FirstGroup& kept) const {
+    const char* buffer = first_buffer(step);
     float c[COUNT][kBlocks8][4];
     first_products<COUNT>(c, i, buffer, gi, kept);
     FCM_UNROLL
     for (int m = 0; m < COUNT; ++m) {
       FCM_UNROLL
-      for (int side = 0; side < 2; ++side)
-        *(Vec*)(halo + gi * halo_plane_bytes(S) + halo_offsets[i + m][side]) =
-            L::pack(c[m], side, S.first_act, first_slope(buffer, gi));
+      for (int side = 0; side < 2; ++side) {
+        const Vec v = L::pack(c[m], side, S.first_act, first_slope(buffer, gi));
+        const int offset = halo_offsets[i + m][side];
+        if constexpr (kPasses)
+          Out::store_vector(p, {Out::place(p, place.image0, place.y0, place.x0) + offset, offset >= 0},
+                            (chunk(step) * kChunkGroups + gi) * kGroup + L::column() * L::kLane, v);
+        else
+          *(Vec*)(halo_buffer(step) + gi * halo_plane_bytes(S) + offset) = v;
+      }
     }
   }
 
@@ -1112,7 +1125,9 @@ struct Module {
         multiply(step);
       else if (kAhead > 0 && step + 1 < steps)
         first_to_halo(step + 1);
-      if constexpr (!kStreams && !kFlatFirst)
+      if constexpr (kPasses)
+        first_to_halo(step);
+      else if constexpr (!kStreams && !kFlatFirst)
         if (step < steps) produce(step);
       if constexpr (kWgmma && kMomentsTaken && !kFromRegisters)
         if (step >= kLag) add_exchanged_moments(step - kLag);
@@ -1157,9 +1172,9 @@ struct Module {
       if (i < steps) copy_input(chunk(i), i);
       copy_async_commit();
     }
-    if constexpr (kAhead > 0) {
+    if constexpr (kPlaced) {
       copy_async_wait<0>();
-      wait_for_weights(0);
+      if constexpr (kAhead > 0) wait_for_weights(0);
       block_sync();
     }
     if constexpr (stages_input(S)) load_first_input(place);
@@ -1170,8 +1185,8 @@ struct Module {
       walk(next, more);
       if (!more) break;
       phase += steps;
-      if constexpr (kAhead > 0) {
-        const bool clear = next.crosses_border() && !next.same_clip(place);
+      if constexpr (kPlaced) {
+        const bool clear = !kPasses && next.crosses_border() && !next.same_clip(place);
         if (stages_input(S) || clear) {
           copy_async_wait<0>();
           block_sync();

@@ -22,10 +22,12 @@ struct Output {
       return {tile.flat_pixel(warp_m, py, side) * S.c_out, tile.flat_exists(p, warp_m, py, side)};
     } else {
       const Pixel q = tile.output_pixel(p, warp_m, py, side);
-      const int in_image =
-          (q.y * p.out_w + q.x) * (S.output_nchw ? 1 : S.c_out);  // an image has fewer than 2^30 elements
-      return {(long long)q.n * (p.out_h * p.out_w * S.c_out) + in_image, q.valid};
+      return {place(p, q.n, q.y, q.x), q.valid};
     }
+  }
+  FCM_DEVICE static long long place(const Params& p, int n, int y, int x) {
+    const int in_image = (y * p.out_w + x) * (S.output_nchw ? 1 : S.c_out);  // an image has fewer than 2^30 elements
+    return (long long)n * (p.out_h * p.out_w * S.c_out) + in_image;
   }
   FCM_DEVICE static float residual(const Params& p, long long i) {
     if constexpr (L::kHalf) return half_float(((const unsigned short*)p.residual)[i]);

@@ -79,6 +79,7 @@ struct Spec {
   bool pool = false;                             // also writes sums of Y over parts of the map
   bool scaled = false;                           // X is multiplied by the factor of its image and channel
   float norm_epsilon = 0;                        // above 0: X is normalised over its channels
+  bool passes = false;                           // the depthwise hands its input on: first's result is Y
   Tile tile;
 };
 
@@ -250,7 +251,7 @@ constexpr int halo_plane_bytes(
     const Spec& s) {  // the halo region of one group, and a slot that swallows what is outside
   return s.tile.images * halo_h(s) * halo_pitch(s) * 64 + 128;
 }
-constexpr int halo_bytes(const Spec& s) { return s.depthwise ? chunk_groups(s) * halo_plane_bytes(s) : 0; }
+constexpr int halo_bytes(const Spec& s) { return s.depthwise && !s.passes ? chunk_groups(s) * halo_plane_bytes(s) : 0; }
 constexpr int first_input_bytes(const Spec& s) {
   if (s.first == Dense::none || first_in_registers(s)) return 0;
   if (s.tile.wgmma) return ceil_div(first_steps(s), 2) * first_rows(s) * 64;
@@ -295,7 +296,8 @@ constexpr int first_chunk_bytes(const Spec& s) {
                   s.tile.wgmma ? kFragment : 16);
 }
 constexpr int depthwise_chunk_bytes(const Spec& s) {
-  return s.depthwise ? chunk_groups(s) * (depthwise_group_bytes(s) + vectors_group_bytes(s, s.depthwise_act)) : 0;
+  if (!s.depthwise || s.passes) return 0;
+  return chunk_groups(s) * (depthwise_group_bytes(s) + vectors_group_bytes(s, s.depthwise_act));
 }
 constexpr int project_chunk_bytes(const Spec& s) {
   return has_project(s) ? chunk_groups(s) * (block_n(s) / 8) * kFragment : 0;
@@ -480,6 +482,10 @@ constexpr const char* illegal(const Spec& s) {
     if (t.blocks < 1 || t.blocks * threads(s) > 2048) return "blocks times threads must fit an SM";
     return nullptr;
   }
+  const Window& w = s.depthwise_window;
+  if (s.passes && (!stages_input(s) || has_project(s) || s.residual || s.pool || depthwise_taps(s) != 1 ||
+                   w.stride_h != 1 || w.stride_w != 1 || w.pad_top || w.pad_left || w.pad_bottom || w.pad_right))
+    return "only a depthwise of one tap, at the end behind a convolution, hands on what it is given";
   if (s.depthwise && (t.tile_h % t.patch_h || t.tile_w % 2)) return "a tile must be made of whole patches";
   if (s.depthwise && 8 * t.warps_m < t.images * patches(s)) return "the warps do not cover the tile";
   if (s.mean && t.images > 16 * t.patch_h * t.warps_m) return "the warps do not cover the images";

@@ -199,7 +199,7 @@ double run(int batch, int height, int width, unsigned seed) {
   };
   Stage first, depthwise, project;
   if (s.first != Dense::none) first = stage(s.c_mid, s.c_in, s.first_window, false, s.first_act);
-  if (s.depthwise) depthwise = stage(s.c_mid, 1, s.depthwise_window, true, s.depthwise_act);
+  if (s.depthwise && !s.passes) depthwise = stage(s.c_mid, 1, s.depthwise_window, true, s.depthwise_act);
   if (has_project(s)) project = stage(s.c_out, s.c_mid, s.project_window, false, s.project_act);
   Map residual = last_as_first({y.n, y.c, y.h, y.w, draw(s, y.v.size(), 1, random)});
   if (s.residual)
@@ -217,7 +217,7 @@ double run(int batch, int height, int width, unsigned seed) {
     pack_first(s, narrow<float>(first.weight).data(), first.packed.data());
     vectors(first, s.c_mid, false);
   }
-  if (s.depthwise) {
+  if (s.depthwise && !s.passes) {
     depthwise.packed.resize(packed_depthwise_bytes(s));
     pack_depthwise(s, narrow<float>(depthwise.weight).data(), depthwise.packed.data());
     vectors(depthwise, s.c_mid, false);

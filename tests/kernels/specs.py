@@ -81,6 +81,9 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     scaled = fields["scaled"] == "true"
     fields["norm_epsilon"] = "0.01f" if stages[0] == "pw" and not scaled and rng.random() < 0.5 else "0"
     fields["residual"] = str((last_dense or not pool) and rng.random() < 0.4).lower()
+    if chain == "conv-dw" and rng.random() < 0.5:  # a stem alone
+        fields |= {"passes": "true", "depthwise_window": _window(1, 1, 1, (0, 0, 0, 0)), "depthwise_act": _act("none")}
+        fields |= {"residual": "false", "pool": "false"}
     fields["output_act"] = _act(rng.choice(("none", "relu")))
     fields["input_nchw"] = str(rng.random() < (0.8 if stages[0] == "conv" and c_in < 32 else 0.2)).lower()
     fields["output_nchw"] = str(rng.random() < 0.2).lower()
@@ -193,6 +196,7 @@ def cases(seed: int, random_cases: int) -> list[Case]:
     drawn += [draw(rng, "pw-dw-pw", "float16", activation) for activation in ACTIVATIONS]
     for chain, *options in (
         ("pw-dw", "pool=true"), ("dw", "pool=true"), ("pw", "pool=true"), ("pw-dw-pw", "pool=true"),
+        ("conv-dw", "passes=true"), ("conv-dw", "passes=true", "tile.resident=1"),
         ("pw", "scaled=true"), ("pw-pw", "scaled=true"),
         ("pw-pw", "norm_epsilon=0.01f"), ("pw", "norm_epsilon=0.01f"), ("pw", "norm_epsilon=0.01f", "tile.wgmma=1"),
         ("pw-pw", "norm_epsilon=0.01f", "tile.wgmma=1"),
