@@ -47,10 +47,10 @@ def describe(seg: Segment, tile: Tile, gpu: Gpu) -> str:
     def words(values: Iterable[object]) -> str:
         return " ".join(map(str, values))
 
-    layers: tuple[Layer, ...] = seg.layers
+    layers: tuple[Layer, ...] = seg.layers[:1] if seg.alone else seg.layers
     single = "tf32" if gpu.tensor_tf32_tflops else "float32"
     lines = {
-        "stages": seg.stages,
+        "stages": "conv" if seg.alone else seg.stages,
         "kernel_shape": words(n for layer in layers for n in layer.kernel),
         "strides": words(n for layer in layers for n in layer.stride),
         "dilations": words(n for layer in layers for n in layer.dilation),

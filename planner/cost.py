@@ -104,10 +104,16 @@ class Segment:
     depthwise: Layer | None
     project: Layer | None
     residual: bool = False
+    alone: bool = False  # a stem without other layers: the depthwise is the kernel's, and hands its input on
 
     @property
     def stages(self) -> str:
         return "-".join(["mean"] * self.mean + [layer.kind for layer in self.layers])
+
+    @property
+    def passes(self) -> bool:
+        """Whether `first` of a stem alone writes Y itself: else the depthwise adds a residual, or writes sums."""
+        return self.alone and not self.residual and not self.pool
 
     @property
     def mean(self) -> bool:
@@ -279,8 +285,9 @@ def segment(chain: Chain, first: int, last: int) -> Segment | None:
         return None
     bare = [replace(layer, name="", nodes=1, activation_nodes=0, residual=False) for layer in layers]
     if kinds == ["conv"] and layers[0].in_channels <= STEM_CHANNELS and not (layers[0].pool and layers[0].residual):
-        # A lone stem runs in front of a depthwise that passes its result on: so its input is staged.
-        bare.append(Layer("dw", layers[0].out_channels, layers[0].out_channels))
+        # A lone stem runs in front of a depthwise that hands its result on: so its input is staged.
+        bare.append(Layer("dw", layers[0].out_channels, layers[0].out_channels, pool=layers[0].pool))
+        bare[0] = replace(bare[0], pool=False)
         kinds.append("dw")
     depthwise = kinds.index("dw") if "dw" in kinds else None
     lone = len(bare) == 1
@@ -296,6 +303,7 @@ def segment(chain: Chain, first: int, last: int) -> Segment | None:
         depthwise=bare[depthwise] if depthwise is not None else None,
         project=project,
         residual=layers[-1].residual,
+        alone=len(bare) > len(layers),
     )
 
 
@@ -491,6 +499,8 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
     fragment = FRAGMENT
     once = planes = 0
     weights = groups * seg.group_bytes
+    if seg.depthwise and seg.passes:
+        weights -= groups * (seg.depthwise.taps * 64 + seg.vector_bytes(seg.depthwise))
     if seg.first and t.wgmma:  # whole groups of X's channels, and a chunk's weights in whole row blocks
         rows, vectors = seg.group // 8 * 256, seg.vector_bytes(seg.first)
         padded = groups * (rows * round_up(seg.first_steps, 2) + vectors)
@@ -504,7 +514,8 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
             once += staged_bytes(seg, t)
         if _remembers_places(seg, t):
             once += warps * _first_tiles(seg, t) * 64
-        planes += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
+        if not seg.passes:
+            planes += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
     if seg.mean:
         once = _steps(seg, t) * groups * round_up(t.images, 8) * 64 + gate.parts_bytes(seg, t)
     if seg.project:
@@ -821,12 +832,12 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
                 loads += tiles * seg.first_steps * own
                 fragments = 0.0 if seg.stem else tiles * seg.first_steps
         values += tiles * 16 * own * group / pack / 32 * (2 + pack * _ACTIVATION[seg.first.activation])
-        if layer:
+        if layer and not seg.passes:
             stores += tiles * 2 * groups
         copied_weights += weights
         if seg.normed:  # three passes over the input of a tile: as much for each group of channels as to load it
             tiles *= 1 + seg.first_steps / 2
-    if layer:
+    if layer and not seg.passes:
         vectors = min((t.patch_h - 1) * layer.stride[0] + layer.reach[0], t.patch_h * layer.kernel[0])
         vectors *= min(layer.stride[1] + layer.reach[1], 2 * layer.kernel[1])
         own = groups / t.warps_n  # warps_n share the groups

@@ -45,7 +45,7 @@ int main() {
     t.tile_h = next(), t.tile_w = next(), t.images = next(), t.patch_h = next(), t.chunk = next();
     t.warps_m = next(), t.warps_n = next(), t.block_n = next(), t.split = next(), t.blocks = next();
     t.resident = next(), t.wgmma = next();
-    s.mean = next(), s.pool = next(), s.scaled = next(), s.norm_epsilon = next();
+    s.mean = next(), s.pool = next(), s.scaled = next(), s.norm_epsilon = next(), s.passes = next();
     const int batch = next(), height = next(), width = next(), sms = next();
     const char* why = fcm::illegal(s);
     const fcm::Launch l = why ? fcm::Launch{} : fcm::launch(s, batch, height, width, sms);
@@ -105,7 +105,7 @@ def numbers(seg: Segment, tile: Tile) -> list[int]:
     if seg.project and not seg.first and not seg.depthwise:
         c_mid = seg.c_in
     head = [seg.dtype != "float16", kinds[0], seg.depthwise is not None, kinds[1], seg.c_in, c_mid, seg.c_out]
-    flags = [seg.mean, seg.pool, seg.scaled, seg.normed]
+    flags = [seg.mean, seg.pool, seg.scaled, seg.normed, seg.passes]
     return [*head, seg.residual, *windows, *acts, *astuple(tile), *flags, seg.batch, seg.height, seg.width]
 
 
@@ -117,7 +117,8 @@ def segments(draw: st.DrawFn) -> Segment:
     stages = stages.removeprefix("mean-")
     few = st.integers(1, 4)  # a dense convolution in front of others
     many = st.sampled_from([32, 64]) | st.integers(1, 300)
-    channels, layers = draw(few if stages.startswith("conv-") else many), []
+    stem = stages.startswith("conv-") or (stages == "conv" and draw(st.booleans()))
+    channels, layers = draw(few if stem else many), []
     for kind in stages.split("-"):
         kernel = 1 if kind == "pw" else draw(st.sampled_from([3, 5]))
         step = draw(st.sampled_from([1, 2])) if kind != "pw" else 1
