@@ -35,30 +35,67 @@ def network(name: str, dtype: str, batch: int, directory: Path | None = None) ->
     return float16_throughout(to_float16(model)) if dtype == "float16" else model
 
 
-def modules(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """The fused modules of a rewritten model, in its order."""
-    return [node for node in model.graph.node if node.op_type == "FusedConvModule"]
-
-
 def module_texts(model: onnx.ModelProto) -> list[str]:
     """Each module of a rewritten model in the words of `ort_fcm.library.kernel_source`, float32 as TF32."""
+    return [
+        "\n".join(
+            f"{name}={' '.join(map(str, value)) if isinstance(value, list) else value}"
+            for name, value in described.items()
+            if name != "gpu"
+        )
+        for described in descriptions(model)
+    ]
+
+
+def module_names(model: onnx.ModelProto) -> list[str]:
+    """Each module of a rewritten model of static shape: its stages, windows, channels, the map of its input, its stride
+    and whether it has a residual."""
+    maps = {value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim][2:] for value in model.graph.input}
+    described, names = iter(descriptions(model)), []
+    for node in model.graph.node:
+        at = maps.get(node.input[0], []) if node.input else []
+        if node.op_type == "FusedConvModule":
+            item = next(described)
+            windows, channels = zip(*[iter(item["kernel_shape"])] * 2, strict=True), map(str, item["channels"])
+            sizes = "".join(f" {h}x{w}" for h, w in dict.fromkeys(windows) if (h, w) != (1, 1))
+            names.append(f"{item['stages']}{sizes} {'-'.join(channels)} at {'x'.join(map(str, at))}")
+            names[-1] += f" stride {max(item['strides'])}" * (max(item["strides"]) > 1) + " residual" * item["residual"]
+            at = _map_after(item, at)
+        maps |= dict.fromkeys(node.output, at)
+    return names
+
+
+def _map_after(item: dict[str, Any], size: list[int]) -> list[int]:
+    """Height and width of a module's output."""
+    for stage in range(len(item["kernel_shape"]) // 2):
+        size = [
+            (n + item["pads"][4 * stage + axis] + item["pads"][4 * stage + 2 + axis]
+             - item["dilations"][2 * stage + axis] * (item["kernel_shape"][2 * stage + axis] - 1) - 1)
+            // item["strides"][2 * stage + axis] + 1
+            for axis, n in enumerate(size)
+        ]  # fmt: skip
+    return size
+
+
+def descriptions(model: onnx.ModelProto) -> list[dict[str, Any]]:
+    """The attributes of each module of a rewritten model, and what else its kernel is made for."""
     weights = {tensor.name: tensor for tensor in model.graph.initializer}
-    return [_module_text(node, weights) for node in modules(model)]
+    return [_described(node, weights) for node in model.graph.node if node.op_type == "FusedConvModule"]
 
 
-def _module_text(node: onnx.NodeProto, weights: Mapping[str, TensorProto]) -> str:
-    given: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute if a.name != "gpu"}
-    kinds = [kind for kind in given["stages"].decode().split("-") if kind != "mean"]
+def _described(node: onnx.NodeProto, weights: Mapping[str, TensorProto]) -> dict[str, Any]:
+    given: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    given = {name: value.decode() if isinstance(value, bytes) else value for name, value in given.items()}
+    kinds = [kind for kind in given["stages"].split("-") if kind != "mean"]
     stages = [weights[node.input[1 + 2 * i]] for i in range(len(kinds))]
-    given["channels"] = [stages[0].dims[0 if kinds[0] == "dw" else 1], *(weight.dims[0] for weight in stages)]
-    given["type"] = "float16" if stages[0].data_type == TensorProto.FLOAT16 else "tf32"
     inputs = dict(enumerate(node.input))
-    given |= {"residual": int(bool(inputs.get(7))), "scaled": int(bool(inputs.get(11)))}
-    given["pool"] = int(len(node.output) > 1 and bool(node.output[1]))
-    words = {name: value.decode() if isinstance(value, bytes) else value for name, value in given.items()}
-    return "\n".join(
-        f"{name}={' '.join(map(str, value)) if isinstance(value, list) else value}" for name, value in words.items()
-    )
+    return given | {
+        "channels": [stages[0].dims[0 if kinds[0] == "dw" else 1], *(weight.dims[0] for weight in stages)],
+        "type": "float16" if stages[0].data_type == TensorProto.FLOAT16 else "tf32",
+        "residual": int(bool(inputs.get(7))),
+        "scaled": int(bool(inputs.get(11))),
+        "pool": int(len(node.output) > 1 and bool(node.output[1])),
+    }
 
 
 def set_batch(model: onnx.ModelProto, batch: int) -> None:

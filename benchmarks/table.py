@@ -4,8 +4,8 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a file of benchmarks/results without
 `.json`, with `/float16` or such to keep one type, `torch`, `costs` and `sizes_h200` (of benchmarks/torch_compile.py,
-costs.py and sizes.py), `steps` (see benchmarks/steps.py), `paper` (see benchmarks/paper.py), or one of the tables of
-benchmarks/confirm.py.
+costs.py and sizes.py), `steps` (see benchmarks/steps.py), `paper` (see benchmarks/paper.py), `counters` (see
+benchmarks/profile.py), or one of the tables of benchmarks/confirm.py.
 `--check` changes nothing and fails where a table is out of date.
 """
 
@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import confirm, paper, steps
+from benchmarks import confirm, paper, profile, steps
 from benchmarks.networks import key_of
 
 ROOT = Path(__file__).parents[1]
@@ -153,6 +153,8 @@ def _table(name: str, dtype: str | None) -> str:
         return paper.render()
     if name == "steps":
         return steps.render()
+    if name == "counters":
+        return profile.render()
     cells = _results(name, dtype)
     if name == "sizes_h200":
         return render_sizes(cells)
