@@ -14,7 +14,8 @@ stand beside those planned by estimate, with `tuned` true.
 --coverage: every network of DIR in float16 (a quantised one as it is) at batches 1 and 16, in few runs and with graph
 capture, as that is every network's fastest setting, unless it cannot be captured. Only where outputs differ from
 stock's by more than rounding explains are both held against float64: right is what is at most twice as far from it as
-stock. The results go to coverage_h200.json, from which `python -m benchmarks.coverage --page` makes its table.
+stock. A network in which nothing is fused is stock's own, and not timed. The results go to coverage_h200.json, from
+which `python -m benchmarks.coverage --page` makes its table.
 """
 
 from __future__ import annotations
@@ -98,6 +99,9 @@ def prepare(name: str, dtype: str, batch: int, tuned: bool, models: Path, gpu: s
 def cell(key: Key, prepared: Prepared, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one network in one type at one batch."""
     data, rewritten, report = prepared
+    if args.coverage and not report["in_modules"]:
+        where = dict(zip(("network", "dtype", "batch", "tuned"), key, strict=True))
+        return where | {"ratio": None, "passed": True, "unchanged": True}
     stock = onnx.load_from_string(data)
     kept: dict[str, dict[str, Array]] = {}
     bench.require_provider(args.provider)  # which opens libraries, in this process too
@@ -123,7 +127,8 @@ def cell(key: Key, prepared: Prepared, args: argparse.Namespace) -> dict[str, An
     values = result.to_dict() | {"dtype": key[1], "tuned": key[3], "environment": bench.environment()}
     if args.coverage and (result.passed or not (result.best(False) and result.best(True))):
         return values
-    exact = reference.run(stock, kept["inputs"], args.images)
+    images = key[2] if args.coverage else args.images  # some of them have the batch in a constant
+    exact = reference.run(stock, kept["inputs"], images)
     values["error"] = errors(result, kept, exact)
     if args.coverage:
         values["passed"] = right(result, kept, exact)
@@ -139,6 +144,8 @@ def line(cell: Mapping[str, Any]) -> str:
     where = f"{cell['network']} {cell['dtype']} batch {cell['batch']}{', tuned' * key_of(cell)[3]}"
     if "failed" in cell:
         return f"{where}: failed: {cell['failed']}"
+    if "unchanged" in cell:
+        return f"{where}: nothing is fused"
     ran = {t["name"]: t for t in cell["timings"] if t["median_ms"] is not None}
     times = ", ".join(f"{name} {t['median_ms']:.3g} ms" for name, t in ran.items())
     worst = max((t["difference"] for t in ran.values() if t["setting"]["rewritten"]), default=float("nan"))

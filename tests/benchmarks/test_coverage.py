@@ -34,6 +34,9 @@ def test_a_failure_stands_in_the_page() -> None:
     text = coverage.page(done["results"], done["gpu"], cells)
     (row,) = (line for line in text.splitlines() if line.startswith(f"| {name} ") and "failed" in line)
     assert row.endswith("| 1.23 | failed |")
+    unchanged = {"network": name, "dtype": "float16", "batch": 1, "ratio": None, "passed": True, "unchanged": True}
+    assert "| unchanged | failed |" in coverage.page(done["results"], done["gpu"], [unchanged, cells[1]])
+    assert networks.line(unchanged).endswith("nothing is fused")
     cells[0]["error"] = {"stock": 0.02, "rewritten": 0.03, "ratio": 1.5}
     cells[1] = {**cells[0], "batch": 16, "passed": False}
     text = coverage.page(done["results"], done["gpu"], cells)
