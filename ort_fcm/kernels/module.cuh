@@ -72,6 +72,7 @@ struct Module {
   static constexpr bool kOneStep = block_chunks(S) == 1;
   T place_of_copies;  // the tile whose input is copied
   int phase = 0;      // steps of earlier tiles: buffers go on to alternate
+  int reductions = 0;
 
   // `first`: where the pixels of this lane's tiles go in the halo plane, or in Y from the tile's corner on (negative:
   // nowhere), and their input fragments.
@@ -307,6 +308,7 @@ struct Module {
     all_asked_for(step);
   }
   FCM_DEVICE char* arrivals(int turn) const { return shared + kArrivalsAt + stage(turn) * 8; }
+  FCM_DEVICE char* received() const { return shared + kArrivalsAt + 3 * 8; }  // of a reduction
   FCM_DEVICE void all_asked_for(int turn) const {
     if constexpr (kBulkCopies)
       if (thread_index() == 0) bulk_asked_for(arrivals(turn));
@@ -989,14 +991,19 @@ struct Module {
     if constexpr (NG + kCount < kWarpGroupsN) store_row<NG + kCount>(py);
   }
   // Adds the sums of the cluster's blocks. A unit, a group's products of 16 pixels, goes to the block that stores it.
-  FCM_DEVICE void reduce_and_store(bool more) const {
+  FCM_DEVICE void reduce_and_store(bool more) {
     constexpr int kUnits = warps(S) * P * kWarpGroupsN, kOwn = ceil_div(reduction_units(S), warps(S));
     const auto own = [](int i) { return block_z() + S.tile.split * (L::warp() + i * warps(S)); };
     const auto stored = [this](int u) {
       u = min(u, kUnits - 1);
       return find_stored<1>(u / (P * kWarpGroupsN), u / kWarpGroupsN % P, u % kWarpGroupsN);
     };
-    if constexpr (!kResident) cluster_arrive();  // else what is written now was free before
+    if constexpr (!kResident) cluster_give_up();  // else what is written now was free before
+    if (thread_index() == 0) {
+      const int units = (kUnits - block_z() + S.tile.split - 1) / S.tile.split;
+      cluster_expect(received(),
+                     S.tile.split * (units * kBlocks8 * kFragment + (kMomentsTaken ? moments_bytes(S) : 0)));
+    }
     Stored<1> to[kOwn];
     FCM_UNROLL
     for (int i = 0; i < kOwn; ++i) to[i] = stored(own(i));
@@ -1009,18 +1016,18 @@ struct Module {
         FCM_UNROLL
         for (int j = 0; j < kBlocks8; ++j) {
           const float (&c)[4] = sums[py][ng][j];
-          cluster_store(reduction(u / S.tile.split, block_z(), j), u % S.tile.split,
-                        Vec{{float_bits(c[0]), float_bits(c[1]), float_bits(c[2]), float_bits(c[3])}});
+          cluster_send(reduction(u / S.tile.split, block_z(), j), received(), u % S.tile.split,
+                       Vec{{float_bits(c[0]), float_bits(c[1]), float_bits(c[2]), float_bits(c[3])}});
         }
       }
       if constexpr (kMomentsTaken) {
         const Vec sum = moments[py].gather();
         if (L::warp_n() == 0 && L::column() == 0)
           for (int rank = 0; rank < S.tile.split; ++rank)
-            cluster_store(reduced_moments(block_z(), L::warp_m(), py), rank, sum);
+            cluster_send(reduced_moments(block_z(), L::warp_m(), py), received(), rank, sum);
       }
     }
-    cluster_sync();
+    cluster_wait_for(received(), reductions++ & 1);
     FCM_UNROLL
     for (int i = 0; i < kOwn; ++i) {
       if (own(i) >= kUnits) break;
@@ -1048,7 +1055,7 @@ struct Module {
       }
       store_sums<1>(to[i], c);
     }
-    if (kResident && more) cluster_arrive();
+    if (kResident && more) cluster_give_up();
   }
   // Where this lane's share of block `rank`'s products lies, of the `unit`-th that a block stores.
   FCM_DEVICE char* reduction(int unit, int rank, int j) const {
@@ -1148,7 +1155,10 @@ struct Module {
   FCM_DEVICE void run() {
     // Weights do not depend on the kernels before this one; inputs do.
     let_next_kernel_start();
-    if constexpr (S.tile.split > 1 && kResident) cluster_arrive();  // for the first reduction
+    if constexpr (S.tile.split > 1) {
+      if (thread_index() == 0) bulk_init(received());
+      if constexpr (kResident) cluster_give_up();  // for the first reduction
+    }
     if constexpr (kBulkCopies) {
       if (thread_index() == 0)
         for (int i = 0; i < kStages; ++i) bulk_init(arrivals(i));

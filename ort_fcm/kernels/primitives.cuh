@@ -170,10 +170,17 @@ FCM_DEVICE void bulk_wait(char*, int) {}
 
 // ---- Clusters (sm_90 and later): their blocks lie along z
 
-// A barrier in two parts: nobody returns from waiting before all threads of the cluster have arrived.
+// A barrier in two parts: nobody returns from waiting before all threads of the cluster have arrived. What a thread
+// wrote before it arrived is there for all; of what it gives up, which it has only read, nothing need be, and it saves
+// waiting for all that it wrote.
 FCM_DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+FCM_DEVICE void cluster_give_up() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 #endif
 }
 FCM_DEVICE void cluster_wait() {
@@ -203,13 +210,37 @@ FCM_DEVICE Vec cluster_load(const void* shared, int rank) {
 #endif
   return v;
 }
-FCM_DEVICE void cluster_store(void* shared, int rank, const Vec& v) {
+// The store alone, without a barrier of all: 16 bytes count at one that block `rank` waits at (of bulk_init), which one
+// of its threads tells how many to expect in a turn.
+FCM_DEVICE void cluster_send(void* shared, char* barrier, int rank, const Vec& v) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(cluster_address(shared, rank)), "r"(v.r[0]),
-               "r"(v.r[1]), "r"(v.r[2]), "r"(v.r[3])
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   cluster_address(shared, rank)),
+               "r"(v.r[0]), "r"(v.r[1]), "r"(v.r[2]), "r"(v.r[3]), "r"(cluster_address(barrier, rank))
                : "memory");
 #else
-  (void)shared, (void)rank, (void)v;
+  (void)shared, (void)barrier, (void)rank, (void)v;
+#endif
+}
+FCM_DEVICE void cluster_expect(char* barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"((u32)__cvta_generic_to_shared(barrier)),
+               "r"(bytes)
+               : "memory");
+#else
+  (void)barrier, (void)bytes;
+#endif
+}
+FCM_DEVICE void cluster_wait_for(char* barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred done;\n"
+      "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;}" ::"r"((u32)__cvta_generic_to_shared(barrier)),
+      "r"(parity)
+      : "memory");
+#else
+  (void)barrier, (void)parity;
 #endif
 }
 

@@ -62,8 +62,10 @@ struct Product {
   u32 rows[2][8];
 };
 
-struct Arrivals {  // a barrier for bulk copies
+struct Arrivals {  // a barrier for bulk copies, or for what a cluster sends
   std::vector<Copy> asked;
+  std::vector<std::pair<Vec*, Vec>> sent;
+  int expected = 0;  // bytes of these
   bool all = false;
   int turns = 0;  // done
 };
@@ -310,13 +312,35 @@ FCM_DEVICE void bulk_wait(char* barrier, int parity) {
 }
 
 FCM_DEVICE void cluster_arrive() {}
+FCM_DEVICE void cluster_give_up() {}
 FCM_DEVICE void cluster_wait() { cpu::pass(cpu::machine.cluster); }
 FCM_DEVICE void cluster_sync() { cluster_arrive(), cluster_wait(); }
 FCM_DEVICE char* cluster_address(const void* shared, int rank) {
   return cpu::machine.blocks[rank]->shared + ((const char*)shared - shared_memory());
 }
 FCM_DEVICE Vec cluster_load(const void* shared, int rank) { return *(const Vec*)cluster_address(shared, rank); }
-FCM_DEVICE void cluster_store(void* shared, int rank, const Vec& v) { *(Vec*)cluster_address(shared, rank) = v; }
+FCM_DEVICE void cluster_send(void* shared, char* barrier, int rank, const Vec& v) {
+  auto& sent = cpu::machine.blocks[rank]->arrivals.at(cluster_address(barrier, rank)).sent;
+  sent.emplace_back((Vec*)cluster_address(shared, rank), v);
+  ++cpu::machine.progress;
+}
+FCM_DEVICE void cluster_expect(char* barrier, int bytes) {
+  cpu::Arrivals& a = cpu::self().block->arrivals.at(barrier);
+  a.expected = bytes, a.all = true;
+}
+// It arrives no sooner than it is waited for.
+FCM_DEVICE void cluster_wait_for(char* barrier, int parity) {
+  cpu::Arrivals& a = cpu::self().block->arrivals.at(barrier);
+  while (a.turns % 2 == parity) {
+    if (!a.all || (int)a.sent.size() * 16 < a.expected) {
+      cpu::leave(cpu::self(), false);
+      continue;
+    }
+    if ((int)a.sent.size() * 16 > a.expected) std::abort();  // of the next turn
+    for (const auto& [to, v] : a.sent) *to = v;
+    a.sent.clear(), a.all = false, ++a.turns, ++cpu::machine.progress;
+  }
+}
 
 FCM_DEVICE u32 half2_pack(float low, float high) { return float_to_half(low) | (u32)float_to_half(high) << 16; }
 FCM_DEVICE float half_float(unsigned short x) { return half_to_float(x); }

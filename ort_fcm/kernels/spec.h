@@ -336,7 +336,8 @@ constexpr int working_bytes(const Spec& s) {
          weight_buffers(s) * (first_chunk_bytes(s) + depthwise_chunk_bytes(s) + project_chunk_bytes(s));
 }
 constexpr int reduction_at(const Spec& s) { return s.tile.resident ? working_bytes(s) : 0; }
-// Barriers of 8 bytes, one a stage, at which asynchronous copies of weights arrive.
+// Barriers of 8 bytes: one a stage, at which asynchronous copies of weights arrive, and the fourth for what a cluster's
+// blocks send.
 constexpr int arrivals_at(const Spec& s) { return max(working_bytes(s), reduction_at(s) + reduction_bytes(s)); }
 // ---- Pool: a row of sums for every warp that has pixels of a tile; behind a project, for every 16 pixels of a warp;
 // of a strip, for every patch.
