@@ -107,10 +107,9 @@ struct Gate {
         float* at = hidden() + i / kFours * kHiddenDepth + place(kHiddenDepth, c);
         if (from != rank() && from < S.tile.split) *(Vec*)at = cluster_load(at, from);
       }
-      cluster_sync();  // nobody leaves while its memory is read
-    } else {
-      block_sync();
+      cluster_give_up();
     }
+    block_sync();
   }
 
   FCM_DEVICE void run() const {
@@ -146,6 +145,7 @@ struct Gate {
       else
         ((float*)p.y)[at] = y;
     });
+    if constexpr (S.tile.split > 1) cluster_wait();  // nobody leaves while its memory is read
   }
 };
 
