@@ -259,8 +259,7 @@ struct Module {
               valid = q.valid && k < middle_channels(S);
               from = valid ? In::stream_address(p, q.n, q.y, q.x, k, valid) : nullptr;
             }
-            copy_async<S.project == Dense::convolution>(exchange_buffer(step) + exchange_offset(gi, py, side),
-                                                        valid ? from : (const char*)p.x, valid);
+            copy_async(exchange_buffer(step) + exchange_offset(gi, py, side), valid ? from : (const char*)p.x, valid);
           }
         }
       }

@@ -101,15 +101,12 @@ FCM_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x,
 
 // ---- Asynchronous copies to shared memory (plain ones before sm_80)
 
-// 16 bytes; zeros if not `valid`. AGAIN: this SM will ask for them again soon, so that L1 keeps them.
-template <bool AGAIN = false>
+// 16 bytes; zeros if not `valid`.
 FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
 #if __CUDA_ARCH__ >= 800
-  const u32 address = (u32)__cvta_generic_to_shared(shared), bytes = valid ? 16 : 0;
-  if constexpr (AGAIN)
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
-  else
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes) : "memory");
+  const u32 address = (u32)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0)
+               : "memory");
 #else
   *(Vec*)shared = valid ? *(const Vec*)global : Vec{};
 #endif

@@ -272,7 +272,6 @@ FCM_DEVICE float shuffle_xor(float x, int mask) {
   return other;
 }
 
-template <bool AGAIN = false>
 FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
   cpu::self().copies.back().push_back({shared, global, 16, valid});
 }
