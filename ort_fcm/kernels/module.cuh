@@ -985,7 +985,8 @@ struct Module {
   }
   template <int NG>
   FCM_DEVICE void store_row(int py) const {
-    constexpr int kCount = min(kWarpGroupsN - NG, 4);  // groups for which biases and residuals are in registers at once
+    // Groups for which biases and residuals are in registers at once: one where sums of Y need others.
+    constexpr int kCount = min(kWarpGroupsN - NG, S.pool ? 1 : 4);
     store_sums<kCount>(find_stored<kCount>(L::warp(), py, NG), *(const float (*)[kCount][kBlocks8][4])sums[py][NG]);
     if constexpr (NG + kCount < kWarpGroupsN) store_row<NG + kCount>(py);
   }
