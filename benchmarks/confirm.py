@@ -2,6 +2,7 @@
 
     python -m benchmarks.confirm prepare [--jobs FILE] [--gpu H200] [--models DIR]   (no GPU needed)
     python -m benchmarks.confirm run [--jobs FILE] [--seconds 240] [--out FILE]
+    python -m benchmarks.confirm again [--jobs FILE] [--out FILE]   (no GPU needed)
 
 `prepare` plans every chain in float16 at batch 1, 16 and 128, and writes what is to be measured; `run` (which prepares
 where there is no such file) measures, in this order, as far as `--seconds` go:
@@ -15,6 +16,9 @@ where there is no such file) measures, in this order, as far as `--seconds` go:
 4. time: the other segments at the other batches.
 
 A time is what `rewrite(..., tune=True)` measures: a launch of many in a replayed graph, always on the same tensors.
+`again` writes what is left to measure after a change of the planner, of the modules with many tiles in the results
+`--out`: its choices and next best ones of today; what has been timed stays, with estimates of today.
+
 The results hold the estimates of the day, but traffic is estimated anew wherever it is shown. `python -m
 benchmarks.table` makes the tables of docs/planner.md, and `--export FILE` of `run` lines for `benchmarks.calibrate`.
 """
@@ -62,6 +66,7 @@ NETWORKS = (
 BATCHES = (16, 1, 128)  # of the first, all segments come before anything else
 NEAR = 6  # of the planner's next best tiles, to be a match for its choice
 RESULTS = Path(__file__).parent / "results" / "confirm_h200.json.xz"
+AGAIN = RESULTS.with_name("confirm_again_h200.json.xz")
 JOBS = Path("build") / "confirm_jobs.json.xz"
 Entry = dict[str, Any]
 
@@ -205,6 +210,28 @@ def prepare(args: argparse.Namespace) -> Entry:
     return head | {"modules": modules, "chains": entries}
 
 
+def again(args: argparse.Namespace) -> Entry:
+    """The modules of which many tiles were timed, chosen anew; tiles that are not legal any more are left out."""
+    data = read(args.out)
+    gpu, modules = gpu_by_name(data["gpu"]), []
+    for entry in (data["modules"][i] for i in data["timed"]):
+        chain, known = chain_of(entry), {row[0]: row[2:] for row in entry["tiles"] if len(row) > 2}
+        last = len(chain.layers) - 1
+        chosen = candidates(chain, gpu, 0, last, "time", 1, CAUTIOUS)[0]
+        near = [module for module in tiles_of(chain, gpu, 0, 0)[0] if module.tile != chosen.tile]
+        ranked = {str(module.tile): module for module in candidates(chain, gpu, 0, last)}
+        first = [chosen, *near]
+        drawn = [row[0] for row in entry["tiles"][1 + entry["near"] :]]
+        rest = [text for text in drawn if text in ranked and text not in {str(part.tile) for part in first}]
+        tiles = [*first, *(ranked[text] for text in rest)]
+        modules.append(
+            {"network": entry["network"], **entry_of(chain, chosen, gpu), "near": len(near), "all": entry["all"],
+             "tiles": [[str(part.tile), part.time_us, *known.get(str(part.tile), [])] for part in tiles]}
+        )  # fmt: skip
+    every = list(range(len(modules)))
+    return {"gpu": gpu.name, "seed": data["seed"], "profiled": [], "timed": every, "modules": modules, "chains": []}
+
+
 def written(seg: Segment) -> int:
     """Bytes of Y."""
     return int(seg.element * seg.output_elements)
@@ -343,14 +370,15 @@ Job = tuple[int, int]  # a module, and one of its tiles
 
 
 def order(jobs: Entry) -> Iterator[Job]:
-    """What is timed, the most needed first."""
+    """What is timed, the most needed first; not what has been."""
     modules = jobs["modules"]
     first = [i for i, entry in enumerate(modules) if entry["batch"] == BATCHES[0]]
     chosen = list(dict.fromkeys([*jobs["timed"], *first]))
-    yield from ((i, 0) for i in chosen)
     most = max((len(modules[i]["tiles"]) for i in jobs["timed"]), default=0)
-    yield from ((i, k) for k in range(1, most) for i in jobs["timed"] if k < len(modules[i]["tiles"]))
-    yield from ((i, 0) for i in set(range(len(modules))) - set(chosen))
+    every = [(i, 0) for i in chosen]
+    every += [(i, k) for k in range(1, most) for i in jobs["timed"] if k < len(modules[i]["tiles"])]
+    every += [(i, 0) for i in set(range(len(modules))) - set(chosen)]
+    yield from ((i, k) for i, k in every if len(modules[i]["tiles"][k]) == 2)
 
 
 def measured(entry: Entry, k: int, gpu: Gpu, target: str) -> tuple[float, int]:
@@ -549,11 +577,13 @@ def fusion_table(data: Entry) -> list[str]:
     return [*lines, "", f"Most is lost in: {'; '.join(told)}."] if told else lines
 
 
-TABLES = {"confirm_traffic": traffic_table, "confirm_time": time_table, "confirm_fusion": fusion_table}
+TABLES = {"confirm_traffic": traffic_table, "confirm_time": time_table, "confirm_fusion": fusion_table,
+          "confirm_again": time_table}  # fmt: skip
 
 
-def render(name: str, path: Path = RESULTS) -> str:
+def render(name: str, path: Path | None = None) -> str:
     """A table of docs/planner.md as Markdown."""
+    path = path or (AGAIN if name == "confirm_again" else RESULTS)
     if not path.exists():
         return "Not measured yet.\n"
     data = read(path)
@@ -581,7 +611,7 @@ def run(args: argparse.Namespace) -> None:
         write(args.out, jobs)
     if args.export:
         export(jobs, args.export)
-    for table in TABLES.values():
+    for table in (traffic_table, time_table, fusion_table):
         print("\n".join(table(jobs)))
 
 
@@ -594,8 +624,8 @@ def perform(
 ) -> int:
     """Does what `args.command` says; the exit status, 2 with one line where that is not possible."""
     try:
-        if args.command == "prepare":
-            write(args.jobs, prepare(args))
+        if args.command in ("prepare", "again"):
+            write(args.jobs, (prepare if args.command == "prepare" else again)(args))
         elif args.command == "show":
             print("\n".join(table(args.out) for table in tables))
         else:
@@ -608,7 +638,7 @@ def perform(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["prepare", "run", "launch", "show"])
+    parser.add_argument("command", choices=["prepare", "again", "run", "launch", "show"])
     parser.add_argument("--jobs", type=Path, default=JOBS)
     parser.add_argument("--gpu", default="H200")
     parser.add_argument("--models", type=Path, help="networks (*.onnx) in place of those of benchmarks/chains.json")

@@ -129,6 +129,24 @@ def test_the_limit_stops_with_what_is_there(jobs: Jobs, monkeypatch: pytest.Monk
     assert sum(len(problem.timings) for problem in known) == counted["timed"]
 
 
+def test_after_a_change_new_choices_are_measured_alone(jobs: Jobs, tmp_path: Path) -> None:
+    data = fresh(jobs)
+    for i in data["timed"]:  # all but the choice of today, and one of the others
+        tiles = data["modules"][i]["tiles"]
+        for row in tiles[2:]:
+            row += [1.0, 96]
+        data["modules"][i] |= {"tiles": tiles[1:], "near": max(0, data["modules"][i]["near"] - 1)}
+    confirm.write(tmp_path / "results", data)
+    found = confirm.again(argparse.Namespace(out=tmp_path / "results"))
+    left = {(i, found["modules"][i]["tiles"][k][0]) for i, k in confirm.order(found)}
+    wanted = {(n, jobs["modules"][i]["tiles"][k][0]) for n, i in enumerate(jobs["timed"]) for k in (0, 1)}
+    assert left == wanted
+    for n, i in enumerate(jobs["timed"]):
+        same = ("near", "all", "name")
+        assert [found["modules"][n][key] for key in same] == [jobs["modules"][i][key] for key in same]
+        assert [row[:2] for row in found["modules"][n]["tiles"]] == [row[:2] for row in jobs["modules"][i]["tiles"]]
+
+
 def test_counters_are_read_and_grouped() -> None:
     text = """==PROF== Connected
 "ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
