@@ -1,15 +1,16 @@
 """Fits the constants of the planner's time model to timed tiles, and says how well its choices do.
 
-    python -m benchmarks.calibrate benchmarks/results/tiles_h200_6.jsonl.xz... [--gpu H200] [--fit-batch 128]
+    python -m benchmarks.calibrate benchmarks/results/tiles_h200_{6,7}.jsonl.xz [--only NAME,...] [--no-fit]
 
 The lines of the files are those of benchmarks/timings.py. The fit takes residency from there; the figures that follow
-use the planner's own.
-With --fit-batch, only problems of that batch are fitted, and the others are reported apart: does it generalise?
+use the planner's own. Besides, each of --folds parts of the modules is judged with constants that were fitted to the
+others: equal layers are in one part, whatever the batch.
 """
 
 from __future__ import annotations
 
 import argparse
+import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,19 +21,8 @@ from numpy.typing import NDArray
 
 from benchmarks.timings import read
 from planner import Chain, Gpu, Layer, Tile, gpu
-from planner.cost import (
-    FITTED,
-    PRIORS,
-    Priors,
-    Segment,
-    Work,
-    estimate,
-    illegal,
-    joined,
-    segment,
-    times,
-    work,
-)
+from planner.cost import FITTED, PRIORS, Priors, Segment, Work, estimate, illegal, joined, segment, times, work
+from planner.plan import order
 
 KINDS = ("", "pw", "conv")  # by fcm::Dense
 KERNEL_ACTIVATIONS = (
@@ -83,7 +73,7 @@ def chain(row: dict[str, Any]) -> Chain:
         layers.append(layer("dw", "depthwise", spec["c_mid"], spec["c_mid"]))
     if spec["project"]:
         layers.append(layer(KINDS[spec["project"]], "project", spec["c_mid"], spec["c_out"]))
-    options = {"mean": spec.get("mean", False), "scaled": spec.get("scaled", False)}
+    options = {"mean": spec.get("mean", False), "scaled": spec.get("scaled", False), "whole": row.get("whole", False)}
     layers[0] = replace(layers[0], normed=bool(spec.get("norm_epsilon")), **options)
     layers[-1] = replace(layers[-1], pool=spec.get("pool", False))
     width = row.get("W", row["H"])
@@ -117,25 +107,33 @@ def problems(files: Iterable[Path], card: Gpu) -> list[Problem]:
 Vector = NDArray[np.float64]
 
 
-def fit(chosen: list[Problem], card: Gpu, priors: Priors, steps: int = 40) -> Priors:
-    """Levenberg-Marquardt on the logarithms of the constants; the residuals are logarithms of time, and count by how
-    near a tile is to its problem's best."""
-    modelled = [p for p in chosen if not p.seg.gate]  # gates have a model of their own
-    rows = [(p.seg, t, best(p) / t.us) for p in modelled for t in p.timings.values()]
-    measured = np.log([t.us for _, t, _ in rows])
-    weight = np.array([w for _, _, w in rows])
-    stay = 1e-3 * np.sqrt(float(np.sum(weight**2)))  # keeps what the data do not tell near where it was
+LEAST = 9  # tiles of a problem that says which of them comes first
+LEVEL = 0.25  # weight of a problem's mean error beside those from tile to tile, which decide
+
+
+def fit(chosen: list[Problem], card: Gpu, priors: Priors, names: list[str], steps: int = 40) -> Priors:
+    """Levenberg-Marquardt on the logarithms of the constants; the residuals are logarithms of time, less their mean of
+    the problem, and count by how near a tile is to its problem's best."""
+    # Gates have a model of their own.
+    modelled = [p for p in chosen if not p.seg.gate and len(p.timings) >= LEAST]
+    rows = [(i, p.seg, t, (best(p) / t.us) ** 3) for i, p in enumerate(modelled) for t in p.timings.values()]
+    which = np.array([i for i, *_ in rows])
+    measured, near = np.log([t.us for _, _, t, _ in rows]), np.array([row[-1] for row in rows])
+    of_problem = np.bincount(which, near)
+    weight = np.sqrt(near / np.sqrt(of_problem)[which])
+    stay = 0.005 * np.sqrt(len(modelled))  # keeps what the data do not tell near where it was
 
     def priors_of(x: Vector) -> Priors:
-        values: dict[str, Any] = {name: float(value) for name, value in zip(FITTED, np.exp(x), strict=True)}
+        values: dict[str, Any] = {name: float(value) for name, value in zip(names, np.exp(x), strict=True)}
         return replace(priors, **values)
 
     def residuals(x: Vector) -> Vector:
         now = priors_of(x)
-        told = [joined(times(seg, t.work, card, t.blocks, now), now) for seg, t, _ in rows]
-        return np.concatenate([weight * (np.log(told) - measured), stay * (x - start)])
+        error = np.log([joined(times(seg, t.work, card, t.blocks, now), now) for _, seg, t, _ in rows]) - measured
+        mean = (np.bincount(which, near * error) / of_problem)[which]
+        return np.concatenate([weight * (error - mean), LEVEL * weight * mean, stay * (x - start)])
 
-    start = np.log([getattr(priors, name) for name in FITTED])
+    start = np.log([getattr(priors, name) for name in names])
     x, damping = start, 1e-2
     r = residuals(x)
     for _ in range(steps):
@@ -162,43 +160,58 @@ def ranks(values: Vector) -> Vector:
     return np.asarray((ends - (counts + 1) / 2)[which])
 
 
-def report(title: str, chosen: list[Problem], card: Gpu, priors: Priors, each: bool) -> None:
+Figures = tuple[int, float, float, float, float]  # batch, rank correlation, the pick's and the best's us, its estimate
+
+
+def judged(p: Problem, card: Gpu, priors: Priors) -> Figures | None:
+    """What the planner would pick of a problem's tiles; None where too few were timed."""
+    told = [(t, estimate(p.seg, t.tile, card, priors)) for t in p.timings.values()]
+    known = [(order(p.seg, t.tile, e), t.us) for t, e in told if e and not e.spilled]
+    if len(known) < LEAST:
+        return None
+    estimates, measured = np.array([key[0] for key, _ in known]), np.array([us for _, us in known])
+    rank = float(np.corrcoef(ranks(estimates), ranks(measured))[0, 1])
+    (key, us) = min(known)
+    return p.seg.batch, rank, us, float(min(measured)), key[0]
+
+
+def report(title: str, figures: list[Figures]) -> None:
     """Prints rank correlation, the pick's measured time over the best's, and its estimate over its measurement."""
-    figures = []
-    for p in chosen:
-        told = [(estimate(p.seg, t.tile, card, priors), t.us) for t in p.timings.values()]
-        known = np.array([(e.time_us, us) for e, us in told if e and not e.spilled])
-        if len(known) < 10:
-            continue
-        rank = float(np.corrcoef(ranks(known[:, 0]), ranks(known[:, 1]))[0, 1])
-        pick = known[np.argmin(known[:, 0])]
-        figures.append((rank, pick[1] / best(p), pick[0] / pick[1]))
-        if each:
-            print(f"{p.name:36} tiles {len(known):3} rank correlation {rank:.2f} pick/best {figures[-1][1]:.2f} "
-                  f"estimate/measured {figures[-1][2]:.2f}")  # fmt: skip
-    rank, pick, level = np.array(figures).T
-    print(f"{title}: {len(figures)} problems; rank correlation median {np.median(rank):.3f}, least {min(rank):.2f}; "
-          f"pick/best median {np.median(pick):.3f}, 90 % {np.quantile(pick, 0.9):.3f}, worst {max(pick):.2f}; "
-          f"its estimate/measured {min(level):.2f} to {max(level):.2f}")  # fmt: skip
+    for batch in (*sorted({f[0] for f in figures}), 0):
+        _, rank, us, least, told = np.array([f for f in figures if batch in (0, f[0])]).T
+        pick, level = us / least, told / us
+        print(f"{title}, batch {batch or 'all':>3}: {len(rank):3} modules; rank correlation median "
+              f"{np.median(rank):.2f}; pick/best median {np.median(pick):.3f}, 90 % {np.quantile(pick, 0.9):.3f}, "
+              f"worst {max(pick):.2f}, of all {sum(us) / sum(least):.3f}; estimate/measured "
+              f"{np.quantile(level, 0.1):.2f} to {np.quantile(level, 0.9):.2f}")  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--gpu", default="H200", help="name or .toml file of the GPU that was timed")
-    parser.add_argument("--fit-batch", type=int, help="fit problems of this batch only")
+    parser.add_argument("--only", default=",".join(FITTED), help="constants that are fitted, separated by commas")
+    parser.add_argument("--folds", type=int, default=8, help="parts of the modules, each left out in turn; 0: none")
     parser.add_argument("--no-fit", action="store_true", help="report the constants as they are")
     options = parser.parse_args()
-    card = gpu(options.gpu)
+    card, names = gpu(options.gpu), options.only.split(",")
     known = problems(options.files, card)
-    fitted = [p for p in known if options.fit_batch in (None, p.seg.batch)]
-    rest = [p for p in known if p not in fitted]
-    priors = PRIORS if options.no_fit else fit(fitted, card, PRIORS)
-    for name in FITTED:
+    priors = PRIORS if options.no_fit else fit(known, card, PRIORS, names)
+    for name in names:
         print(f"{name} = {asdict(priors)[name]:.4g}")
-    report("fitted", fitted, card, priors, True)
-    if rest:
-        report("held out", rest, card, priors, True)
+
+    def part(p: Problem) -> int:
+        return zlib.crc32(f"{p.seg.stages} {p.seg.layers}".encode()) % int(options.folds)
+
+    left_out: list[Figures] = []
+    for n in range(0 if options.no_fit else options.folds):
+        others = fit([p for p in known if part(p) != n], card, PRIORS, names)
+        left_out += [f for p in known if part(p) == n and (f := judged(p, card, others))]
+    kinds = {"lone depthwises": [p for p in known if p.seg.strip], "all": known}
+    for kind, chosen in kinds.items():
+        report(kind, [f for p in chosen if (f := judged(p, card, priors))])
+    if left_out:
+        report("all, left out", left_out)
 
 
 if __name__ == "__main__":

@@ -424,7 +424,8 @@ def export(data: Entry, path: Path) -> None:
                     {"B": chain.batch, "H": chain.height, "W": chain.width, "us": us, "regs": regs, "shared": shared,
                      "spec": timings.spec(replace(case_of(chain), tile=text)), "threads": tile.threads,
                      "occ": resident_blocks(whole(chain), tile, gpu, shared, regs),
-                     "revision": data["environment"]["revision"]}
+                     "revision": data["environment"]["revision"],
+                     **({"whole": True} if chain.layers[0].whole else {})}
                 )  # fmt: skip
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 

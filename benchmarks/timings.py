@@ -2,8 +2,9 @@
 
 A line is one tile of one module: B images of X, H rows and W columns (absent: H), `spec` (the fields of fcm::Spec by
 name), `us` microseconds a launch, `err` the norm of the error over the norm of the result, `regs` registers and `local`
-bytes of local memory a thread, `occ` thread blocks that an SM held, `shared` bytes, `grid`, `threads`, and `revision`
-of the kernels (with a + or -dirty where they had changes on top). Biases are always there.
+bytes of local memory a thread, `occ` thread blocks that an SM held, `shared` bytes, `grid`, `threads`, `revision`
+of the kernels (with a + or -dirty where they had changes on top), and, true, `whole` where a mean is that of the map
+itself. Biases are always there.
 """
 
 from __future__ import annotations

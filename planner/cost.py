@@ -28,28 +28,33 @@ class Priors:
     plain_share: float = 0.65  # of an SM's multiply-adds that products reach where there are no tensor cores
     overlap: float = 1.657  # norm that joins the resources' times: infinity would be perfect overlap, 1 none
     copy_instructions: float = 27.05  # a warp's 512 bytes of asynchronous copies under a depthwise: addresses
-    place_instructions: float = 100.0  # a 16-pixel tile of `first`: its pixels' places, on the map and in shared memory
-    gather_instructions: float = 66.9  # the same: loading its input
-    staged_instructions: float = 150.0  # the same, from a stem's input in shared memory, and copying that there
+    place_instructions: float = 30.73  # a 16-pixel tile of `first`: its pixels' places, on the map and in shared memory
+    gather_instructions: float = 18.52  # the same: loading its input
+    staged_instructions: float = 93.89  # the same, from a stem's input in shared memory, and copying that there
     store_instructions: float = 5.767  # a register of the output: bias, residual, address, store
     sum_instructions: float = 24.76  # a register of partial sums that goes to another thread block of a cluster
     factor_instructions: float = 80.92  # a warp's 512 bytes of X times their factors
     clocks_per_instruction: float = 2.027  # of one warp alone
-    product_clocks: float = 5.5  # the same, of a tensor-core product
+    product_clocks: float = 5.445  # the same, of a tensor-core product
     wgmma_clocks: float = 1.608  # the same, of 8 channels of a product of 64 pixels
-    fragment_clocks: float = 72.02  # the same, of loading a fragment of `first` that goes to shared memory
-    step_clocks: float = 270.9  # of a chunk step: its barrier, and the copies' latency that is not hidden
-    warp_clocks: float = 209.1  # the same, for each warp of the thread block: the slowest keeps all waiting
+    fragment_clocks: float = 21.08  # the same, of loading a fragment of `first` that goes to shared memory
+    step_clocks: float = 251.0  # of a chunk step: its barrier, and the copies' latency that is not hidden
+    warp_clocks: float = 128.3  # the same, for each warp of the thread block: the slowest keeps all waiting
     stream_warp_clocks: float = 35.75  # the same, of a lone dense stage
     wgmma_block_clocks: float = 359.6  # of a thread block with wgmma, once
-    first_block_clocks: float = 1000.0  # of one whose depthwise waits for `first`, once
+    first_block_clocks: float = 1237.0  # of one whose depthwise waits for `first`, once
     split_clocks: float = 1923  # of a cluster: its barriers
-    turn_share: float = 0.7922  # of a tile's latency that one after it takes, whose input was fetched ahead
+    turn_share: float = 0.8661  # of a tile's latency that one after it takes, whose input was fetched ahead
     dispatch_clocks: float = 486.5  # in which an SM starts a thread block
-    strip_load_instructions: float = 3.43  # a lone depthwise's, of a pixel of X or Y: address, border, load or store
-    strip_wait_clocks: float = 133.0  # of waiting for rows of X in a lone depthwise
+    wgmma_wait_clocks: float = 130.4  # of a product of 64 pixels beside a depthwise, which nothing hides
+    uneven_blocks: float = 0.55  # thread blocks that the busiest SM has more, for each of two it has room for
+    strip_load_instructions: float = 1.711  # a lone depthwise's, of a pixel of X or Y: address, border, load or store
+    strip_row_instructions: float = 10.75  # the same, of a row of X
+    strip_wait_clocks: float = 127.6  # of waiting for rows of X in a lone depthwise
+    strip_dispatch_clocks: float = 348.9  # dispatch_clocks of a lone depthwise
+    strip_narrow_share: float = 0.1747  # of device memory's time for each 128 bytes that are asked for in parts
     launch_us: float = 1.2  # of a kernel in a captured graph
-    base_registers: int = 52  # addresses, counters, pipeline state
+    base_registers: int = 53  # addresses, counters, pipeline state
     gathered_registers: int = 60  # from sm_100 on, the assembler gathers more loads
     resident_registers: int = 24  # of a thread with resident weights: the next tile's places
     spare_registers: int = 16  # kept free below every bound, so that none spill
@@ -70,8 +75,9 @@ FITTED = (
     "overlap", "l2_share", "copy_instructions", "place_instructions", "gather_instructions", "staged_instructions",
     "store_instructions", "sum_instructions", "factor_instructions", "clocks_per_instruction", "product_clocks",
     "wgmma_clocks", "fragment_clocks", "step_clocks", "warp_clocks", "stream_warp_clocks", "wgmma_block_clocks",
-    "first_block_clocks", "split_clocks", "turn_share", "dispatch_clocks", "strip_load_instructions",
-    "strip_wait_clocks",
+    "first_block_clocks", "split_clocks", "turn_share", "dispatch_clocks", "wgmma_wait_clocks", "uneven_blocks",
+    "strip_load_instructions", "strip_row_instructions", "strip_wait_clocks", "strip_dispatch_clocks",
+    "strip_narrow_share",
 )  # fmt: skip
 
 # By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
@@ -86,9 +92,10 @@ _ACTIVATION = {"none": 0, "relu": 0.5, "clip": 1, "hardswish": 3, "hardsigmoid":
 
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
-POOLING = 1.3  # times the instructions of a register of the output that is stored and added up
+POOLING = 70  # instructions that add up a group of 16 pixels behind a project
 FRAGMENT = 512  # bytes of an operand of a warp: 32 lanes x 16
 SECTOR = 32  # bytes that L2 hands out at least
+LINE = 128  # bytes that it fetches together
 
 
 @dataclass(frozen=True)
@@ -554,14 +561,14 @@ def packed_bytes(seg: Segment, tile: Tile) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=4096)
-def touched_bytes(channels: int, element: int, access: int) -> float:
-    """Bytes of the sectors that accesses of `access` bytes to a pixel touch, each apart: the mean over pixels that
-    follow one another in memory."""
+def touched_bytes(channels: int, element: int, access: int, unit: int = SECTOR) -> float:
+    """Bytes of the sectors, or other units, that accesses of `access` bytes to a pixel touch, each apart: the mean over
+    pixels that follow one another in memory."""
     pixel = channels * element
-    period = SECTOR // gcd(pixel, SECTOR)
+    period = unit // gcd(pixel, unit)
     starts = [(i * pixel, at) for i in range(period) for at in range(0, pixel, access)]
     ends = [(start + at, start + min(at + access, pixel)) for start, at in starts]
-    return SECTOR * sum(ceil_div(end, SECTOR) - begin // SECTOR for begin, end in ends) / period
+    return unit * sum(ceil_div(end, unit) - begin // unit for begin, end in ends) / period
 
 
 def _steps(seg: Segment, tile: Tile) -> int:
@@ -592,8 +599,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             if _ACTIVATION[seg.depthwise.activation] > 8:  # all pixels' exponentials at once
                 pixels += 8
         depthwise = 4 * min(seg.depthwise.taps, 9) + pixels * tile.patch_h + 4
-        if not seg.first and not tile.resident and seg.middle_groups <= tile.chunk // seg.group:
-            # One chunk: sums begin when it has ended.
+        if not seg.first and not tile.resident and seg.middle_groups == 1:
+            # One group: sums begin when it has ended.
             sums = max(0, sums - depthwise)
         phase = max(phase, depthwise)
     if tile.wgmma and seg.first:  # the results of products of the first stage
@@ -619,7 +626,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         phase += 16 + (8 if min(tile.images, tile.patch_h) > 1 else 0)  # operands rounded to TF32
         if seg.stages == "dw-pw" and gpu.sm < 90:  # and the places of asynchronous copies
             phase += 16
-    held = _first_tiles(seg, tile) * seg.first_steps * 3 if seg.first and _first_in_registers(seg, tile) else 0
+    fragments = _first_tiles(seg, tile) * seg.first_steps if seg.first and _first_in_registers(seg, tile) else 0
+    held = fragments * 3 + (16 if fragments == 12 and not seg.project else 0)
     kept = 0  # what a resident block remembers between tiles, and what of the next tile's input is on its way
     if gpu.sm < 90 and not tile.resident:
         if seg.depthwise and seg.project and _ACTIVATION[seg.depthwise.activation] > 8:
@@ -631,8 +639,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         kept = priors.resident_registers + (24 if stem and seg.depthwise else 8 if seg.project and not stem else 32)
         if seg.element == 4 and (stem or (seg.first and not held)):
             kept += 96
-        if seg.stages == "dw-pw" and seg.element == 4:
-            kept += 8 * tile.patch_h
+        if seg.stages == "dw-pw":
+            kept += 8 * tile.patch_h if seg.element == 4 else 8 if tile.wgmma else 0
         if seg.first and not held:  # many loads of the next tile's input are gathered
             kept += 8 * max(0, _first_tiles(seg, tile) * seg.first_steps - 32)
         if seg.stages == "conv-dw":
@@ -644,6 +652,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
                 kept += 44
             if _ACTIVATION[seg.depthwise.activation] > 8:
                 kept += 24
+        if seg.first and seg.depthwise and seg.project and tile.chunk > seg.group and _steps(seg, tile) == 1:
+            kept += 12  # taps of several groups are the same for every tile
         if seg.pool:  # weights are the same for every tile, and held if they can be
             kept += 96 if stem else 16
     base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 100 else 0)
@@ -747,8 +757,11 @@ class Work(NamedTuple):
     end_values: float  # its plain instructions on them
     sums: float  # registers of partial sums that it sends, once a tile
     recompute: float
+    waited: float = 0.0  # a step's products of 64 pixels, beside a depthwise: a warp waits for each
     waits: float = 0.0  # of a strip: times that it waits for X, once a tile
+    rows: int = 0  # of a strip: rows of X of a patch
     words: int = 1  # of a strip: words of channels of a thread
+    narrow: float = 0.0  # of a strip: bytes of lines that accesses touch over those that they want, less 1
 
 
 def work(seg: Segment, tile: Tile, sms: int) -> Work:
@@ -819,6 +832,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     if seg.first:
         rows = round_up(ceil_div(mid_pixels, spatial), 64 if t.wgmma else 16) // 16
         tiles = min(_first_tiles(seg, t), rows / warps) if layer else t.patch_h
+    waited = tiles + (t.patch_h if seg.project else 0) if t.wgmma and layer else 0.0
     if seg.first:
         weights = groups * group // 8 * seg.first_steps * 256
         own = groups if layer else groups / t.warps_n  # without a depthwise, warps_n share the groups
@@ -881,10 +895,9 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
             width = 16 // e if seg.c_in % (16 // e) == 0 else 1
             values += 6 * t.patch_h * 16 * t.chunk / width / 32
         own = accumulators(seg, t) / t.split
-        ends, end_values = (
-            own * (2 if seg.residual else 1) * (POOLING if seg.pool else 1),
-            own * _ACTIVATION[seg.project.activation],
-        )
+        ends, end_values = own * (2.0 if seg.residual else 1.0), own * _ACTIVATION[seg.project.activation]
+        if seg.pool:
+            end_values += own / (group // 2) * POOLING
     else:
         ends, end_values = steps * groups * t.patch_h * 8.0, 0.0
 
@@ -905,7 +918,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, again, products,
         operands, values, loads, stores, factors, copied / 512 / warps, copied_weights / 512 / warps, tiles, places,
         fragments, adding, waiting, ends, end_values, accumulators(seg, t) * (1 - 1 / t.split),
-        max(1.0, done / seg.multiply_adds),
+        max(1.0, done / seg.multiply_adds), waited,
     )  # fmt: skip
 
 
@@ -940,30 +953,46 @@ def _strip_work(seg: Segment, tile: Tile, sms: int) -> Work:
         operands=0.0, values=values, loads=strip.vectors(seg, t), stores=pixels, factors=0.0, copies=0.0,
         weight_copies=layer.taps, tiles=0.0, places=0.0, fragments=0.0, adding=0.0, waiting=0.0,
         ends=pixels * own * (2.0 if seg.residual else 1.0), end_values=0.0, sums=0.0, recompute=1.0,
-        waits=strip.waits(seg, t), words=own,
+        waits=strip.waits(seg, t), rows=strip.rows(seg, t), words=own,
+        narrow=touched_bytes(seg.c_in, e, width, LINE) / (seg.c_in * e) - 1,
     )  # fmt: skip
 
 
-def _strip_times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors) -> dict[str, float]:
+STRIP_SERVED = 0.5  # of what strips ask L2 for that it sends: SMs of a group ask for the pixels of neighbours together
+
+
+def _strip_times(
+    seg: Segment, w: Work, gpu: Gpu, blocks: int, busiest: float, priors: Priors
+) -> dict[str, float]:  # fmt: skip
     """Microseconds of each resource; the L1 cache takes 128 bytes a clock."""
     rounds = ceil_div(w.busy, blocks)  # all thread blocks take the same time
-    patch = priors.strip_load_instructions * (w.loads + w.stores) + w.values
+    patch = priors.strip_load_instructions * (w.loads + w.stores) + priors.strip_row_instructions * w.rows + w.values
     clocks = priors.strip_wait_clocks * w.waits + priors.clocks_per_instruction * patch
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)
     wavefronts = w.turns * (w.loads + w.stores) * w.words + w.weight_copies * w.words
+    dram_us, l2_us = memory_us(gpu, w.dram, STRIP_SERVED * w.moved, priors)
     return {
-        "memory": max(memory_us(gpu, w.dram, w.moved, priors)),
-        "instructions": w.busy * issuing * (w.turns * patch + 2 * w.weight_copies) / 4 / gpu.clock_mhz,
-        "l1": w.busy * w.warps * wavefronts / gpu.clock_mhz,
+        "memory": max(dram_us * (1 + priors.strip_narrow_share * w.narrow), l2_us),
+        "instructions": busiest * issuing * (w.turns * patch + 2 * w.weight_copies) / 4 / gpu.clock_mhz,
+        "l1": busiest * w.warps * wavefronts / gpu.clock_mhz,
         "latency": rounds * w.turns * clocks / gpu.clock_mhz,
-        "dispatch": w.busy * priors.dispatch_clocks / gpu.clock_mhz,
+        "dispatch": (w.busy - 1) * priors.strip_dispatch_clocks / gpu.clock_mhz,
     }
 
 
-def times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors = PRIORS) -> dict[str, float]:
-    """Microseconds of each resource, where an SM holds `blocks` thread blocks."""
+UNEVEN = 2  # thread blocks that the busiest SM may have more than its share
+
+
+def times(
+    seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors = PRIORS, *, room: int | None = None
+) -> dict[str, float]:
+    """Microseconds of each resource, where an SM holds `blocks` thread blocks for sure and has room for `room` (by
+    default as many). Where that is more than its share, thread blocks are not shared out evenly: they start while those
+    of the kernel in front end."""
+    more = max(0, (blocks if room is None else room) - w.busy)
+    busiest = w.busy + priors.uneven_blocks * min(UNEVEN, more)
     if seg.strip:
-        return _strip_times(seg, w, gpu, blocks, priors)
+        return _strip_times(seg, w, gpu, blocks, busiest, priors)
     per_clock, per_us, on_tensor = _tensor_rates(seg, gpu, priors, w.operands > 0)
     rounds = ceil_div(w.busy, blocks)  # all thread blocks take the same time
     mhz = gpu.clock_mhz
@@ -979,6 +1008,7 @@ def times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors = PRIORS)
     issued = w.turns * (tile + w.steps * w.products * multiplying)
     step = priors.step_clocks + (priors.stream_warp_clocks if seg.streams else priors.warp_clocks) * w.warps
     step += w.products * (priors.wgmma_clocks if w.operands else priors.product_clocks)
+    step += priors.wgmma_wait_clocks * w.waited
     turn = w.waiting + w.steps * step + priors.clocks_per_instruction * tile + priors.fragment_clocks * w.fragments
     if w.split > 1:
         turn += priors.split_clocks
@@ -991,9 +1021,9 @@ def times(seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors = PRIORS)
     vectors = w.turns * (w.loads + w.stores + w.copies + w.operands) + w.weight_copies
     return {
         "memory": max(memory_us(gpu, dram_bytes(seg, w, gpu), w.moved, priors)),
-        "tensor": w.warps * w.steps * w.products * max(w.busy * w.turns / per_clock / mhz, w.pieces * macs / per_us),
-        "instructions": w.busy * issuing * issued / 4 / mhz,  # an SM issues 4 a clock
-        "shared": w.busy * w.warps * w.steps * 4 * vectors / mhz,  # 4 wavefronts a vector
+        "tensor": w.warps * w.steps * w.products * max(busiest * w.turns / per_clock / mhz, w.pieces * macs / per_us),
+        "instructions": busiest * issuing * issued / 4 / mhz,  # an SM issues 4 a clock
+        "shared": busiest * w.warps * w.steps * 4 * vectors / mhz,  # 4 wavefronts a vector
         "latency": rounds * latency / mhz,
         "dispatch": w.busy * priors.dispatch_clocks / mhz,
     }
@@ -1020,13 +1050,14 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS, *, hel
         return None
     warps = ceil_div(tile.blocks * tile.threads // 32, 4)  # of one of the SM's quarters
     bound = min(MAX_REGISTERS, gpu.registers_per_sm // (4 * 32 * warps) // 8 * 8)
-    blocks = resident(seg, tile, gpu, shared, bound if held else min(regs, bound))
+    blocks = resident(seg, tile, gpu, shared, bound if held and not seg.gate else min(regs, bound))
     if not blocks:
         return None
     if seg.gate:
         return _estimate_gate(seg, tile, gpu, blocks, shared, priors)
     done = work(seg, tile, gpu.sms)
-    parts = times(seg, done, gpu, blocks, priors)
+    taken = min(bound, strip.taken(seg, tile) if seg.strip else regs)
+    parts = times(seg, done, gpu, blocks, priors, room=resident(seg, tile, gpu, shared, taken))
     return Estimate(
         time_us=joined(parts, priors),
         traffic_bytes=done.moved + done.weights,
@@ -1043,7 +1074,7 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS, *, hel
 
 def _estimate_gate(seg: Segment, tile: Tile, gpu: Gpu, blocks: int, shared: int, priors: Priors) -> Estimate:
     cost = gate.cost(seg, tile)
-    busy = ceil_div(cost.grid, gpu.sms)
+    busy = ceil_div(cost.grid, max(tile.split, cluster_sms(gpu.sms, tile.split)))
     dram_us, l2_us = memory_us(gpu, seg.compulsory_bytes, cost.moved + cost.weights, priors)
     parts = {
         "dram": dram_us,

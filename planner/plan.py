@@ -229,6 +229,15 @@ def _mean_tiles(seg: Segment, gpu: Gpu) -> Iterator[Tile]:
                         yield tile
 
 
+def order(seg: Segment, tile: Tile, cost: Estimate, objective: str = "time") -> tuple[float, float, bool]:
+    """By which tiles of a segment are ranked, the least first."""
+    # Of equal tiles, that whose weights, if they are many, have all been asked for when the kernel in front ends.
+    late = not seg.gate and (seg.project is None) == (tile.resident > 0)
+    if objective == "traffic":
+        return cost.traffic_bytes, cost.time_us, late
+    return cost.time_us, cost.traffic_bytes, late
+
+
 @lru_cache(maxsize=4096)
 def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) -> tuple[tuple[Tile, Estimate], ...]:
     """The best tiles of a segment with their estimates, best first."""
@@ -239,12 +248,7 @@ def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) 
             found = [(tile, cost) for tile, cost in costs if cost]
 
     def key(item: tuple[Tile, Estimate]) -> tuple[float, float, bool]:
-        # Of equal tiles, that whose weights, if they are many, have all been asked for when the kernel in front ends.
-        tile, cost = item
-        late = not seg.gate and (seg.project is None) == (tile.resident > 0)
-        if objective == "traffic":
-            return cost.traffic_bytes, cost.time_us, late
-        return cost.time_us, cost.traffic_bytes, late
+        return order(seg, *item, objective)
 
     if seg.gate:
         return tuple(sorted(found, key=key)[: limit or None])

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MAX_TAPS = 49  # more than registers hold
 MAX_WARPS = 8  # of a thread block
 BASE_REGISTERS = 36  # addresses, the map's border
+TAKEN_BASE, TAKEN_SHARE, TAKEN_RESIDENT = 12, 1.2, 13  # of 1346 kernels, all but a tenth within a fifth
 
 
 def words(seg: Segment, tile: Tile) -> int:
@@ -59,37 +60,46 @@ def _columns(seg: Segment, tile: Tile) -> int:
     return (tile.tile_w - 1) * seg.depthwise.stride[1] + seg.depthwise.reach[1]
 
 
-def _rows(seg: Segment, tile: Tile) -> int:
+def rows(seg: Segment, tile: Tile) -> int:
+    """Rows of X under a patch."""
     assert seg.depthwise
     return (tile.tile_h - 1) * seg.depthwise.stride[0] + seg.depthwise.reach[0]
 
 
 def ahead(seg: Segment, tile: Tile) -> int:
     """Rows of X that are on their way while one is multiplied."""
-    return max(1, min(_rows(seg, tile) - 1, 24 // (_columns(seg, tile) * words(seg, tile))))
+    return max(1, min(rows(seg, tile) - 1, 24 // (_columns(seg, tile) * words(seg, tile))))
 
 
 def vectors(seg: Segment, tile: Tile) -> int:
     """Pixels of X that a thread loads for a patch."""
     assert seg.depthwise
     kh, kw = seg.depthwise.kernel
-    rows, columns = min(_rows(seg, tile), tile.tile_h * kh), min(_columns(seg, tile), tile.tile_w * kw)
-    return rows * columns
+    return min(rows(seg, tile), tile.tile_h * kh) * min(_columns(seg, tile), tile.tile_w * kw)
 
 
 def waits(seg: Segment, tile: Tile) -> float:
     """Times that a thread waits for global memory, for a patch."""
-    return 1 + (_rows(seg, tile) - 1) / ahead(seg, tile)
+    return 1 + (rows(seg, tile) - 1) / ahead(seg, tile)
 
 
-def registers(seg: Segment, tile: Tile) -> int:
-    """Registers of a thread, estimated: taps, the rows of X on their way, and the sums that have begun."""
-    layer, own = seg.depthwise, words(seg, tile)
+def _held(seg: Segment, tile: Tile) -> int:
+    """Registers of a thread for each of its words: taps, the rows of X on their way, and the sums that have begun."""
+    layer = seg.depthwise
     assert layer
     columns = min(_columns(seg, tile), tile.tile_w * layer.kernel[1])
     sums = min(tile.tile_h, ceil_div(layer.kernel[0], layer.stride[0])) * tile.tile_w
-    held = own * (layer.taps + 1 + columns * (ahead(seg, tile) + 1) + sums)
-    return BASE_REGISTERS + held
+    return layer.taps + columns * (ahead(seg, tile) + 1) + sums
+
+
+def registers(seg: Segment, tile: Tile) -> int:
+    """Registers of a thread that it should have."""
+    return BASE_REGISTERS + words(seg, tile) * (_held(seg, tile) + 1)
+
+
+def taken(seg: Segment, tile: Tile) -> int:
+    """Registers of a thread that the compiler takes if it can, in the mean."""
+    return int(TAKEN_BASE + TAKEN_SHARE * words(seg, tile) * _held(seg, tile)) + TAKEN_RESIDENT * tile.resident
 
 
 def tiles(seg: Segment) -> Iterator[Tile]:
