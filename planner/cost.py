@@ -587,7 +587,7 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         return strip.registers(seg, tile)
     phase = 16 + 8 * tile.patch_h  # fragments of a tensor-core product
     if seg.streams and tile.wgmma and not (seg.element == 4 and seg.scaled):  # a loop of little but products
-        phase -= 24 if seg.element == 2 else 40
+        phase -= 24 if seg.element == 2 else 20
     sums = accumulators(seg, tile)
     if seg.depthwise:
         pixels = 6 * max(seg.depthwise.stride)

@@ -94,7 +94,8 @@ def _held(seg: Segment, tile: Tile) -> int:
 
 def registers(seg: Segment, tile: Tile) -> int:
     """Registers of a thread that it should have."""
-    return BASE_REGISTERS + words(seg, tile) * (_held(seg, tile) + 1)
+    kept = TAKEN_RESIDENT + 8 * words(seg, tile) if tile.resident and seg.element == 4 else 0
+    return BASE_REGISTERS + words(seg, tile) * (_held(seg, tile) + 1) + kept
 
 
 def taken(seg: Segment, tile: Tile) -> int:
