@@ -219,8 +219,7 @@ struct Module {
   FCM_DEVICE void copy_input(int chunk, int step) const {
     const int g = groups(chunk);
     if constexpr (!kFirst && S.depthwise) {
-      FCM_UNROLL
-      for (int i = 0; i < kCopies; ++i) {
+      const auto copy = [&](int i) {
         int to, from;
         if constexpr (kCopiesKept)
           to = copy_to[i], from = copy_from[i];
@@ -239,6 +238,13 @@ struct Module {
                                                                    rest % p.in_w, k, from >= 0);
           }
         }
+      };
+      if constexpr (kCopiesKept || vector_input(S)) {
+        FCM_UNROLL
+        for (int i = 0; i < kCopies; ++i) copy(i);
+      } else {
+        FCM_ROLL
+        for (int i = 0; i < kCopies; ++i) copy(i);  // loads of single elements, all of them at once, would spill
       }
     }
     if constexpr (kStreams) {

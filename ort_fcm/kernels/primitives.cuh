@@ -14,6 +14,7 @@
 #define FCM_WARPGROUPS
 #endif
 #define FCM_UNROLL _Pragma("unroll")
+#define FCM_ROLL _Pragma("unroll 1")
 
 namespace fcm {
 

@@ -25,6 +25,7 @@
 
 #define FCM_DEVICE inline
 #define FCM_UNROLL
+#define FCM_ROLL
 #define __align__(n) alignas(n)
 
 namespace fcm {

@@ -126,6 +126,8 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
             fields["c_out"] = fields["c_mid"]
     elif last_dense and rng.random() < 0.3:  # uneven shares
         tile["block_n"] = group * rng.choice((1, 2, 3))
+        if patch_h * -(-tile["block_n"] // (group * warps_n)) * group > 320:  # too many registers
+            return draw(rng, chain, type_, activation)
     if chain == "dw" and not fields["depthwise_window"].startswith("{9"):
         tile = _strip(rng, c_mid, group)
     fields |= {f"tile.{key}": str(value) for key, value in tile.items()}
