@@ -299,9 +299,16 @@ def total(kernels: list[ncu.Kernel]) -> dict[str, float]:
 # ---- What it says ----------------------------------------------------------------------------------------------------
 
 
+# Shares of stock's accesses, the counter they are of, its unit in bytes: all that passes L2, and what SMs ask for.
+COUNTED = (
+    ("saved", "possible", "lts__t_bytes.sum", 1),
+    ("saved_by_sms", "possible_by_sms", "lts__t_sectors_srcunit_tex.sum", ncu.SECTOR),
+)
+
+
 def result(entry: Entry, modules: list[Entry], objective: str = "time") -> dict[str, Any] | None:
     """Of the pair as planned for time or for traffic: stock's time over ours (`ratio`), accesses `saved` and `possible`
-    as shares of stock's, and whether it is fused; None where a part was not measured."""
+    as shares of stock's, by either counter, and whether it is fused; None where a part was not measured."""
     mine = [modules[i] for i in entry["plan"].get(objective, [])]
     if not mine or not entry.get("stock") or any(len(module["tiles"][0]) < 3 for module in mine):
         return None
@@ -310,10 +317,11 @@ def result(entry: Entry, modules: list[Entry], objective: str = "time") -> dict[
     found: dict[str, Any] = {"ratio": entry["stock"][layout] / us, "stock": entry["stock"][layout], "us": us}
     found |= {"fused": len(mine) == 1, "layout": layout, "saved": None, "possible": None}
     if entry.get("counted") and all("counted" in module for module in mine):
-        before = entry["counted"]["lts__t_bytes.sum"]
-        after = sum(module["counted"]["lts__t_bytes.sum"] for module in mine)
         least = confirm.whole(chain_of(entry)).compulsory_bytes
-        found |= {"saved": 1 - after / before, "possible": 1 - least / before}
+        for saved, possible, counter, unit in COUNTED:
+            before = entry["counted"][counter] * unit
+            after = sum(module["counted"][counter] for module in mine) * unit
+            found |= {saved: 1 - after / before, possible: 1 - least / before}
     return found
 
 
@@ -369,10 +377,13 @@ def together(found: list[dict[str, Any]]) -> str:
     counted = [item for item in found if item["saved"] is not None]
     if counted:
         saved = [item["saved"] for item in counted]
-        share = statistics.median(item["saved"] / item["possible"] for item in counted)
+        share, by_sms = (
+            statistics.median(item[saved] / item[possible] for item in counted) for saved, possible, *_ in COUNTED
+        )
         text += (
             f" Accesses saved: {max(saved):.0%} at best, {statistics.median(saved):.0%} in the median, "
-            f"{min(saved):.0%} at worst; {share:.0%} of what is possible, in the median."
+            f"{min(saved):.0%} at worst; {share:.0%} of what is possible, in the median "
+            f"({by_sms:.0%} of what SMs ask for)."
         )
     return text
 

@@ -168,7 +168,7 @@ def _results(name: str, dtype: str | None) -> list[dict[str, Any]]:
     path = ROOT / "benchmarks" / "results" / f"{name}.json"
     data: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"results": []}
     common = {"environment": data["environment"]} if "environment" in data else {}
-    return [common | cell for cell in data["results"] if dtype in (None, cell["dtype"])]
+    return [common | cell for cell in data["results"] if dtype is None or cell["dtype"] == dtype]
 
 
 def main() -> int:

@@ -70,19 +70,27 @@ def test_a_table_of_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             assert [part["kind"] for part in inside] == [part["kind"] for part in entry["layers"]]
         least = confirm.whole(confirm.chain_of(entry)).compulsory_bytes
         entry["stock"] = {"NCHW": 9.0, "NHWC": 6.0}
-        entry["counted"] = {"lts__t_bytes.sum": 10.0 * least}
+        sectors, sector = "lts__t_sectors_srcunit_tex.sum", 32
+        entry["counted"] = {"lts__t_bytes.sum": 10.0 * least, sectors: 5.0 * least / sector}
         assert not set(entry["plan"]["time"]) & set(entry["plan"]["traffic"]), "choose pairs with other tiles for both"
         for objective, us, times in (("time", 2.0, 4.0), ("traffic", 12.0, 2.0)):
             plan = entry["plan"][objective]
             for module in (data["modules"][i] for i in plan):
                 module["tiles"][0] += [us, 64]
-                module["counted"] = {"lts__t_bytes.sum": times * least / len(plan)}
+                asked = (times - 1) * least / len(plan)
+                module["counted"] = {"lts__t_bytes.sum": asked + least / len(plan), sectors: asked / sector}
             found = paper.result(entry, data["modules"], objective)
             assert found and found["layout"] == "NHWC" and found["fused"] == (len(plan) == 1)
             values = [found["ratio"], found["saved"], found["possible"]]
             assert values == pytest.approx([6 / us / len(plan), 1 - times / 10, 0.9])
+            values = [found["saved_by_sms"], found["possible_by_sms"]]
+            assert values == pytest.approx([1 - (times - 1) / 5, 0.8])
     text = "\n".join(paper.table(data))
-    assert text.count("| MobileNetV1") == 4 and "67% of what is possible" in text and "89% of what is possible" in text
+    assert (
+        text.count("| MobileNetV1") == 4
+        and "67% of what is possible, in the median (50%" in text
+        and "89% of what is possible" in text
+    )
     del data["chains"][0]["stock"]
     assert paper.result(data["chains"][0], data["modules"]) is None
     data["environment"] = dict.fromkeys(("gpu", "onnxruntime", "cudnn", "cuda_driver", "date", "revision"), "x")
