@@ -6,7 +6,8 @@ Networks with dynamic batch, height and width, in float16: of DIR, ppocrv3_det, 
 cuDNN, which is searched at each new size, and the example's MobileNetV2, all of which runs in modules. Each rewritten,
 rewritten without ONNX Runtime's memory pattern (by which a size's second run allocates one block for all its tensors),
 and stock, whose search takes seconds, at a few of the sizes, as long as the seconds last. Inputs lie on the device and
-so do outputs, which ONNX Runtime allocates. `python -m benchmarks.table` makes the table of docs/performance.md.
+so do outputs, which ONNX Runtime allocates. A run after a pause, at a size that is known by then, tells what of the
+second run's time is the processors' waking up. `python -m benchmarks.table` makes the table of docs/performance.md.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ OF_STOCK = 3  # of these
 KINDS = {"ort_fcm": (True, True), "ort_fcm, no memory pattern": (True, False), "stock": (False, True)}
 FIRST = ("first_ms", "second_ms", "third_ms")
 STEADY = 15  # runs
+PAUSED = 5  # runs, each after a pause as long as the first run took, but at most
+PAUSE_S = 0.25
 
 
 def networks(directory: Path | None) -> dict[str, onnx.ModelProto]:
@@ -65,16 +68,19 @@ def measure(model: onnx.ModelProto, kind: str, provider: str, until: float) -> l
             continue
         for name, fed in feeds.items():
             runner.binding.bind_ortvalue_input(name, fed)
-        times = []
-        for _ in range(len(FIRST) + STEADY):
+        times = list[float]()
+        for i in range(len(FIRST) + STEADY + PAUSED):
             for output in runner.session.get_outputs():  # a binding keeps what it allocated
                 runner.binding.bind_output(output.name, provider)
+            if i >= len(FIRST) + STEADY:
+                time.sleep(min(times[0] / 1e3, PAUSE_S))
             begin = time.perf_counter()
             runner.run()
             times.append(1e3 * (time.perf_counter() - begin))
-        steady = times[len(FIRST) :]
+        steady = times[len(FIRST) : -PAUSED]
         rows.append({"size": [n, h, w], **dict(zip(FIRST, times, strict=False)),
-                     "steady_ms": statistics.median(steady), "slowest_steady_ms": max(steady)})  # fmt: skip
+                     "steady_ms": statistics.median(steady), "slowest_steady_ms": max(steady),
+                     "paused_ms": statistics.median(times[-PAUSED:])})  # fmt: skip
     return rows
 
 
@@ -102,7 +108,8 @@ def main() -> int:
             for row in rows:
                 size = "x".join(map(str, row["size"]))
                 print(f"{name:12} {kind:26} {size:12} first {row['first_ms']:8.2f} ms, second {row['second_ms']:7.3f}, "
-                      f"third {row['third_ms']:7.3f}, steady {row['steady_ms']:7.3f}, second / steady "
+                      f"third {row['third_ms']:7.3f}, steady {row['steady_ms']:7.3f}, after a pause "
+                      f"{row['paused_ms']:7.3f}, second / steady "
                       f"{row['second_ms'] / row['steady_ms']:.2f}", flush=True)  # fmt: skip
     return 0
 

@@ -117,16 +117,16 @@ def render_costs(cells: list[dict[str, Any]]) -> str:
 def render_sizes(cells: list[dict[str, Any]]) -> str:
     """A Markdown table of runs at sizes not seen before, medians over these."""
     lines = [
-        "| network | what | sizes | first run, ms | second | third | steady | second over steady |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| network | what | sizes | first run, ms | second | third | steady | after a pause | second over steady |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for cell in (c for c in cells if c["rows"]):
-        first, second, third, steady = (
+        values = (
             statistics.median(row[name] for row in cell["rows"])
-            for name in ("first_ms", "second_ms", "third_ms", "steady_ms")
+            for name in ("first_ms", "second_ms", "third_ms", "steady_ms", "paused_ms")
         )
         over = statistics.median(row["second_ms"] / row["steady_ms"] for row in cell["rows"])
-        times = " | ".join(number(ms) for ms in (first, second, third, steady))
+        times = " | ".join(map(number, values))
         lines.append(f"| {cell['network']} | {cell['kind']} | {len(cell['rows'])} | {times} | {over:.2f} |")
     return "\n".join([*lines, "", measured_on(cells), ""]) if cells else "Not measured yet.\n"
 

@@ -49,12 +49,19 @@ def test_a_row_has_the_best_of_each() -> None:
 
 def test_new_sizes_in_the_median() -> None:
     rows = [
-        {"first_ms": 100.0 * k, "second_ms": 3.0 * k, "third_ms": 2.0, "steady_ms": 1.0 * k, "slowest_steady_ms": 9.0}
+        {
+            "first_ms": 100.0 * k,
+            "second_ms": 3.0 * k,
+            "third_ms": 2.0,
+            "steady_ms": 1.0 * k,
+            "slowest_steady_ms": 9.0,
+            "paused_ms": 4.0,
+        }  # fmt: skip
         for k in (1, 2, 3)
     ]
     cells = [{"network": "net", "kind": kind, "rows": rows} for kind in sizes.KINDS]
     text = table.render_sizes([c | {"environment": ENVIRONMENT} for c in cells])
-    assert "| net | stock | 3 | 200 | 6 | 2 | 2 | 3.00 |" in text and "Measured on H200" in text
+    assert "| net | stock | 3 | 200 | 6 | 2 | 2 | 4 | 3.00 |" in text and "Measured on H200" in text
     assert "| net |" not in table.render_sizes([cells[0] | {"rows": []}])
 
 
