@@ -56,7 +56,7 @@ def test_new_sizes_in_the_median() -> None:
             "steady_ms": 1.0 * k,
             "slowest_steady_ms": 9.0,
             "paused_ms": 4.0,
-        }  # fmt: skip
+        }
         for k in (1, 2, 3)
     ]
     cells = [{"network": "net", "kind": kind, "rows": rows} for kind in sizes.KINDS]
