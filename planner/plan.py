@@ -162,6 +162,18 @@ def _spatial(seg: Segment, least_filled: float, wgmma: int = 0) -> Iterator[Tile
 
 
 MAX_WARPS = 8  # of a thread block: beyond, barriers cost more than weights read once less
+MAX_WGMMA_WARPS = 12  # where four multiply at once
+MAX_GROUPS = 12  # of a chunk
+
+
+def _groups_of_a_chunk(seg: Segment) -> list[int]:
+    """Groups of channels that a step may have: few, which leave room, and where nothing is computed in between, those
+    of a few equal steps, whose waits are as many."""
+    groups = seg.middle_groups
+    if seg.first or seg.depthwise:
+        return [n for n in (1, 2, 3, 4) if n == 1 or n <= groups]
+    equal = {ceil_div(groups, steps) for steps in range(1, 9)}
+    return sorted({1} | {n for n in (2, 4) if n <= groups} | {n for n in equal if n <= MAX_GROUPS})
 
 
 def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
@@ -176,7 +188,7 @@ def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
         yield from strip.tiles(seg)
         return
     group, padded = seg.group, seg.padded_out
-    chunks = [n * group for n in (1, 2, 4) if n == 1 or n <= seg.middle_groups]
+    chunks = [n * group for n in _groups_of_a_chunk(seg)]
     cuts = sorted({round_up(ceil_div(padded, n), group) for n in (1, 2, 3, 4, 6, 8)}, reverse=True)
     products = (0, 1) if gpu.sm == 90 else (0,)  # of a warp, or of four
     for base in (base for wgmma in products for base in _spatial(seg, least_filled, wgmma)):
@@ -185,6 +197,7 @@ def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
         else:
             grid = ceil_div(seg.batch * seg.maps[-1][0] * seg.maps[-1][1], base.tile_w)
         few = grid < 2 * gpu.sms  # thread blocks, unless channels are shared out as well
+        most = MAX_WGMMA_WARPS if base.wgmma else MAX_WARPS
         for chunk in chunks:
             if not seg.project:
                 steps = ceil_div(seg.middle_groups * group, chunk)
@@ -193,8 +206,8 @@ def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
                     if not illegal(seg, tile):
                         yield tile
                 continue
-            for warps_n in (1, 2, 4):
-                if chunk // group % warps_n or base.warps_m * warps_n > MAX_WARPS:
+            for warps_n in (1, 2, 3, 4):
+                if chunk // group % warps_n or base.warps_m * warps_n > most:
                     continue
                 legal = 0
                 for cut in cuts:
@@ -244,8 +257,15 @@ def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) 
     found: list[tuple[Tile, Estimate]] = []
     for least_filled in (0.55, 0.0):  # tiles that leave most lanes idle only where nothing else fits
         if not found:
-            costs = ((tile, estimate(seg, tile, gpu, priors, held=False)) for tile in _tiles(seg, gpu, least_filled))
-            found = [(tile, cost) for tile, cost in costs if cost]
+            for tile in _tiles(seg, gpu, least_filled):
+                cost = estimate(seg, tile, gpu, priors, held=False)
+                if not cost and not (
+                    tile.resident or seg.gate or seg.strip
+                ):  # weights that lie there once may leave the room
+                    tile = replace(tile, resident=1)
+                    cost = estimate(seg, tile, gpu, priors, held=False)
+                if cost:
+                    found.append((tile, cost))
 
     def key(item: tuple[Tile, Estimate]) -> tuple[float, float, bool]:
         return order(seg, *item, objective)
@@ -254,11 +274,14 @@ def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) 
         return tuple(sorted(found, key=key)[: limit or None])
     enough = NEAR * min((cost.time_us for _, cost in found), default=0.0)
     held: list[tuple[Tile, Estimate]] = []
+    far: list[tuple[Tile, Estimate]] = []
     for tile, cost in found:
         if cost.time_us < enough or objective == "traffic":
             held += _variants(seg, tile, gpu, cost.grid, priors)
         else:
-            held.append((_held(seg, tile, gpu, cost.grid, 0, priors), cost))
+            far.append((tile, cost))
+    if not limit or len(held) < limit:
+        held += ((_held(seg, tile, gpu, cost.grid, 0, priors), cost) for tile, cost in far)
     return tuple(sorted(held, key=key)[: limit or None])
 
 

@@ -62,9 +62,11 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
 
     dense = {"pw": "fcm::Dense::pointwise", "conv": "fcm::Dense::convolution"}
     few = (1, 3, 4, 8, *((32,) if chain == "conv" else ()))
-    c_in = rng.choice(few if stages[0] == "conv" else (8, 13, 16, 24, 40, 48, 64, 70))
+    c_in = rng.choice(
+        few if stages[0] == "conv" else (8, 13, 16, 24, 40, 48, 64, 70, *((200,) if chain == "pw" else ()))
+    )
     first = len(stages) > 1 and stages[0] != "dw"
-    c_mid = rng.choice((17, 32, 48, 72, 96)) if first else c_in
+    c_mid = rng.choice((17, 32, 48, 72, 96, 200)) if first else c_in
     c_out = rng.choice((7, 16, 24, 40, 80)) if last_dense else c_mid
     if first:
         fields |= {"first": dense[stages[0]], "first_window": window(stages[0]), "first_act": act()}
@@ -89,9 +91,9 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     fields["output_nchw"] = str(rng.random() < 0.2).lower()
 
     patch_h = rng.choice((1, 2, 3, 4, 7))
-    warps_n = rng.choice((1, 2)) if last_dense else 1
+    warps_n = rng.choice((1, 1, 2, 2, 3)) if last_dense else 1
     groups = -(-(9 * c_in if chain == "conv" else c_mid) // group)
-    chunk = group * warps_n * rng.choice((1, 2))
+    chunk = group * warps_n * rng.choice((1, 2, 3))
     split = rng.choice([n for n in (1, 1, 2, 4) if n <= -(-groups * group // chunk)]) if last_dense else 1
     tile_h, tile_w, images = patch_h * rng.choice((1, 2, 3)), 2 * rng.choice((2, 3, 4)), rng.choice((1, 1, 2))
     height, width, batch = rng.randint(9, 17), rng.randint(9, 17), rng.choice((1, 2, 3))
@@ -114,14 +116,15 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     tile["resident"] = rng.choice((0, 1))
     if chain in WARPGROUP_CHAINS and type_ != "float32" and rng.random() < 0.6:
         tile["wgmma"], tile["warps_m"] = 1, 4 * -(-warps_m // 4)
-        tile["chunk"] = min(chunk, 128)
+        if len(stages) > 1:  # a `first` has room for 128 channels
+            tile["chunk"] = min(chunk, 128 // (group * warps_n) * group * warps_n)
         streams = chain == "pw" and fields["input_nchw"] == "false" and c_in % (group // 4) == 0
         if chain != "pw-pw" and not streams:
             fields["scaled"] = "false"
         if chain not in ("pw", "pw-pw"):
             fields["norm_epsilon"] = "0"
-        if warps_n == 2:  # both have whole groups
-            fields["c_out"] = str(2 * group - rng.choice((0, 1, 7)))
+        if warps_n > 1:  # each has whole groups
+            fields["c_out"] = str(warps_n * group - rng.choice((0, 1, 7)))
         if not last_dense:
             fields["c_out"] = fields["c_mid"]
     elif last_dense and rng.random() < 0.3:  # uneven shares
