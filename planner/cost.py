@@ -585,9 +585,9 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         return gate.REGISTERS
     if seg.strip:
         return strip.registers(seg, tile)
+    if seg.streams and tile.wgmma:
+        return _stream_registers(seg, tile)
     phase = 16 + 8 * tile.patch_h  # fragments of a tensor-core product
-    if seg.streams and tile.wgmma and not (seg.element == 4 and seg.scaled):  # a loop of little but products
-        phase -= 24 if seg.element == 2 else 20
     sums = accumulators(seg, tile)
     if seg.depthwise:
         pixels = 6 * max(seg.depthwise.stride)
@@ -611,9 +611,6 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         )
     if seg.pool and seg.depthwise and not seg.project:  # sums, and where they go; a large filter loads more ahead
         phase += 16 * max(seg.depthwise.stride) if seg.depthwise.taps <= 9 else 8 + 8 * tile.patch_h
-    if _from_registers(seg, tile):  # those of one group multiply while the next are loaded
-        wide = block_n(seg, tile) // tile.warps_n > 256  # products of two instructions
-        phase += 16 * tile.patch_h + (64 if tile.split > 1 else 40 if wide else 0)
     if seg.scaled:
         phase += 16 + 8 * tile.patch_h
     if seg.takes_moments:
@@ -621,7 +618,7 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
     if seg.first and not seg.depthwise and not tile.wgmma:  # the results of `first` and its bias, beside the sums
         phase += 16
     if seg.project and seg.element == 4 and tile.wgmma:
-        phase += 0 if seg.streams else 8
+        phase += 8
     elif seg.project and seg.element == 4:
         phase += 16 + (8 if min(tile.images, tile.patch_h) > 1 else 0)  # operands rounded to TF32
         if seg.stages == "dw-pw" and gpu.sm < 90:  # and the places of asynchronous copies
@@ -658,6 +655,38 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             kept += 96 if stem else 16
     base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 100 else 0)
     return base + sums + held + phase + kept
+
+
+def _stream_registers(seg: Segment, tile: Tile) -> int:
+    """The same of a lone stage with `wgmma`: a loop of little but products, or the end, whichever is hungrier."""
+    rows, groups, channels = tile.patch_h, _warp_groups_n(seg, tile), block_n(seg, tile)
+    loop = 32 + 8 * rows
+    if _from_registers(seg, tile):  # those of one group multiply while the next are loaded
+        wide = channels // tile.warps_n > 256  # products of two instructions
+        loop = 24 + 16 * rows + (40 if wide else 0)
+    if seg.layers[0].kind == "conv":
+        loop += 4 * rows
+    if seg.scaled:
+        loop += 8 + 16 * rows
+    if seg.takes_moments:
+        loop += 4 + 18 * rows
+    bias, residual = seg.group // 4, 8 if seg.residual else 0  # of a group of channels and two pixels
+    if tile.split > 1:  # for all groups that a warp stores, before it has them
+        end = ceil_div(rows * groups, tile.split) * (bias + residual * 3 // 2)
+    elif seg.pool or (tile.warps_m > 8 and not seg.residual and channels < seg.padded_out):  # one by one
+        end = bias + residual
+    elif not seg.residual and (channels == seg.padded_out or seg.padded_out % channels):
+        # Addresses that are constants, or a last block with fewer, hoist all biases.
+        end = min(56, groups * (4 + bias // 2))
+    else:
+        end = min(groups, 4) * (bias + residual) - (8 if groups > 4 and seg.element == 2 else 0)
+    end += 16
+    if tile.split > 1:
+        loop, end = loop + 8, end + 8
+    if tile.resident:  # the next tile's input, and weights, which are the same for every tile
+        loop, end = (loop + 32, end + 24) if seg.element == 2 else (loop + 48, end + 32)
+        loop += 16 if seg.pool else 0
+    return max(64, accumulators(seg, tile) + max(loop, end))
 
 
 def resident(seg: Segment, tile: Tile, gpu: Gpu, shared: int, regs: int) -> int:
@@ -1056,7 +1085,10 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS, *, hel
     if seg.gate:
         return _estimate_gate(seg, tile, gpu, blocks, shared, priors)
     done = work(seg, tile, gpu.sms)
-    taken = min(bound, strip.taken(seg, tile) if seg.strip else regs)
+    if seg.strip:
+        taken = min(bound, strip.taken(seg, tile))
+    else:  # a loop of products takes more than it needs, where it may
+        taken = min(bound, regs + (priors.spare_registers if seg.streams and tile.wgmma else 0))
     parts = times(seg, done, gpu, blocks, priors, room=resident(seg, tile, gpu, shared, taken))
     return Estimate(
         time_us=joined(parts, priors),

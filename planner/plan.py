@@ -17,6 +17,7 @@ from .cost import (
     Priors,
     Segment,
     Stock,
+    block_n,
     estimate,
     illegal,
     layout_change,
@@ -139,7 +140,8 @@ def _spatial(seg: Segment, least_filled: float, wgmma: int = 0) -> Iterator[Tile
     out_h, out_w = seg.maps[-1]
     if not seg.depthwise:
         for patch_h in (1, 2, 4):
-            for warps_m in (4, 8) if wgmma else (1, 2, 4, 8):
+            warpgroups = (4, 8, 12) if seg.streams and patch_h == 1 else (4, 8)
+            for warps_m in warpgroups if wgmma else (1, 2, 4, 8):
                 pixels = 16 * patch_h * warps_m
                 if pixels <= 16 or pixels < 2 * seg.batch * out_h * out_w:
                     yield Tile(tile_h=1, tile_w=pixels, patch_h=patch_h, warps_m=warps_m, wgmma=wgmma)
@@ -164,6 +166,7 @@ def _spatial(seg: Segment, least_filled: float, wgmma: int = 0) -> Iterator[Tile
 MAX_WARPS = 8  # of a thread block: beyond, barriers cost more than weights read once less
 MAX_WGMMA_WARPS = 12  # where four multiply at once
 MAX_GROUPS = 12  # of a chunk
+WIDE = 192  # channels from which on 12 are tried: an SM holds no second thread block of so many
 
 
 def _groups_of_a_chunk(seg: Segment) -> list[int]:
@@ -218,7 +221,7 @@ def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
                             base.tile_h, base.tile_w, base.images, base.patch_h, chunk, base.warps_m, warps_n,
                             0 if cut >= padded else cut, split, wgmma=base.wgmma,
                         )  # fmt: skip
-                        if illegal(seg, tile):
+                        if illegal(seg, tile) or (base.warps_m > MAX_WARPS and block_n(seg, tile) < WIDE):
                             break
                         legal += split == 1
                         yield tile

@@ -991,8 +991,10 @@ struct Module {
   }
   template <int NG>
   FCM_DEVICE void store_row(int py) const {
-    // Groups for which biases and residuals are in registers at once: one where sums of Y need others.
-    constexpr int kCount = min(kWarpGroupsN - NG, S.pool ? 1 : 4);
+    // Groups for which biases and residuals are in registers at once: one where sums of Y need others, or where more
+    // than 8 warps leave few.
+    constexpr bool kFew = S.pool || (S.tile.warps_m > 8 && S.tile.wgmma && !S.residual);
+    constexpr int kCount = min(kWarpGroupsN - NG, kFew ? 1 : 4);
     store_sums<kCount>(find_stored<kCount>(L::warp(), py, NG), *(const float (*)[kCount][kBlocks8][4])sums[py][NG]);
     if constexpr (NG + kCount < kWarpGroupsN) store_row<NG + kCount>(py);
   }

@@ -82,7 +82,17 @@ def test_tiles(chain: str, dtype: str, seed: int) -> None:
     ranked = list(planned(case, device.name))
     assert ranked, f"the planner has no tile: {case.to_line()}"
     tiles = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
-    for feature in ("split=2", "split=8", "warps_n=2", "warps_n=3", "images=2", "patch_h=2", "resident=1", "wgmma=1"):
+    for feature in (
+        "split=2",
+        "split=8",
+        "warps_n=2",
+        "warps_n=3",
+        "warps_m=12",
+        "images=2",
+        "patch_h=2",
+        "resident=1",
+        "wgmma=1",
+    ):
         tiles += [tile for tile in ranked if feature in tile][:1]
     for tile in dict.fromkeys(tiles):
         tiled = replace(case, tile=tile)

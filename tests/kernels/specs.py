@@ -115,7 +115,7 @@ def draw(rng: random.Random, chain: str, type_: str, activation: str | None = No
     tile |= {"warps_m": warps_m, "warps_n": warps_n, "block_n": block_n, "split": split}
     tile["resident"] = rng.choice((0, 1))
     if chain in WARPGROUP_CHAINS and type_ != "float32" and rng.random() < 0.6:
-        tile["wgmma"], tile["warps_m"] = 1, 4 * -(-warps_m // 4)
+        tile["wgmma"], tile["warps_m"] = 1, 4 * -(-warps_m // 4) if depthwise else 4 * rng.randint(1, 4 - warps_n)
         if len(stages) > 1:  # a `first` has room for 128 channels
             tile["chunk"] = min(chunk, 128 // (group * warps_n) * group * warps_n)
         streams = chain == "pw" and fields["input_nchw"] == "false" and c_in % (group // 4) == 0
@@ -205,6 +205,7 @@ def cases(seed: int, random_cases: int) -> list[Case]:
         ("pw", "scaled=true"), ("pw-pw", "scaled=true"),
         ("pw-pw", "norm_epsilon=0.01f"), ("pw", "norm_epsilon=0.01f"), ("pw", "norm_epsilon=0.01f", "tile.wgmma=1"),
         ("pw-pw", "norm_epsilon=0.01f", "tile.wgmma=1"),
+        ("pw", "pool=true", "tile.warps_m=12"), ("conv", "tile.warps_m=12"),
     ):  # fmt: skip
         flagged = (draw(rng, chain, rng.choice(TYPES)) for _ in range(1000))
         wanted = {tuple(option.split("=")) for option in options}
