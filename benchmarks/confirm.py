@@ -287,8 +287,8 @@ def architecture() -> str:
 
 def launch(args: argparse.Namespace) -> None:
     """Every profiled module once, each after it a mark, in this process under ncu."""
-    from benchmarks.driver import MULTIPROCESSORS, Cuda, CudaError
-    from benchmarks.modules import Host, Params
+    from benchmarks.driver import Cuda, CudaError
+    from benchmarks.modules import Host, Params, launch_on
     from benchmarks.timings import places
 
     jobs = read(args.jobs)
@@ -307,8 +307,8 @@ def launch(args: argparse.Namespace) -> None:
             return addresses[-1]
 
         try:
-            shape = host.launch(k, case, cuda.attribute(MULTIPROCESSORS))
             image = library.compile_kernel(text, target).read_bytes()
+            shape = launch_on(cuda, host, k, case, image)
             function, module = cuda.function(image, "fcm_module", shape["shared_bytes"])
             given: dict[str, int] = {}
             for place in places(case):

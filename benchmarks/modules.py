@@ -59,8 +59,8 @@ HOST = """#include "pack.h"
 {namespaces}
 static const fcm::Spec specs[] = {{ {specs} }};
 extern "C" {{
-void launch_of(int k, long long batch, long long h, long long w, int sms, long long* out) {{
-  const fcm::Launch l = fcm::launch(specs[k], batch, h, w, sms);
+void launch_of(int k, long long batch, long long h, long long w, int sms, int held, long long* out) {{
+  const fcm::Launch l = fcm::launch(specs[k], batch, h, w, sms, held);
   const long long values[] = {{l.grid_x, l.grid_y, l.grid_z, l.threads, l.shared_bytes, l.mid_h, l.mid_w, l.out_h,
                                l.out_w, l.tiles_x, l.tiles_y, l.pool_rows, (long long)sizeof(fcm::Params)}};
   for (int i = 0; i < 13; ++i) out[i] = values[i];
@@ -142,11 +142,12 @@ class Host:
             self.library = ctypes.CDLL(str(target))
         self.library.packed_bytes.restype = ctypes.c_longlong
 
-    def launch(self, k: int, case: Case, sms: int) -> dict[str, int]:
-        """The launch of module `k` on a GPU of `sms` multiprocessors, by the names of fcm::Launch."""
+    def launch(self, k: int, case: Case, sms: int, held: int = 0) -> dict[str, int]:
+        """The launch of module `k` on a GPU of `sms` multiprocessors that have room for `held` thread blocks each, by
+        the names of fcm::Launch."""
         out = (ctypes.c_longlong * 13)()
         sizes = [ctypes.c_longlong(v) for v in (case.batch, case.h, case.w)]
-        self.library.launch_of(k, *sizes, ctypes.c_int(sms), out)
+        self.library.launch_of(k, *sizes, ctypes.c_int(sms), ctypes.c_int(held), out)
         names = (
             "grid_x grid_y grid_z threads shared_bytes mid_h mid_w out_h out_w tiles_x tiles_y pool_rows params_bytes"
         ).split()
@@ -166,6 +167,17 @@ class Host:
         if values is not None:
             out[: len(values)] = values
         return out
+
+
+def launch_on(cuda: Cuda, host: Host, k: int, case: Case, cubin: bytes) -> dict[str, int]:
+    """The launch of module `k`, compiled as `cubin`, on this GPU, as the library would have it."""
+    launch = host.launch(k, case, cuda.attribute(MULTIPROCESSORS))
+    function, module = cuda.function(cubin, "fcm_module", launch["shared_bytes"])
+    try:
+        held = cuda.occupancy(function, launch["threads"], launch["shared_bytes"])
+    finally:
+        cuda.unload(module)
+    return host.launch(k, case, cuda.attribute(MULTIPROCESSORS), held)
 
 
 def required_bytes(case: Case, data: Data) -> int:
@@ -436,7 +448,7 @@ def measure(args: argparse.Namespace) -> tuple[list[Trial], dict[str, Case]]:
             floor_us=current[1].bytes / COPY_BYTES_PER_US,
         )
         try:
-            found = current[1].run(image, host.launch(k, case, cuda.attribute(MULTIPROCESSORS)))
+            found = current[1].run(image, launch_on(cuda, host, k, case, image))
         except CudaError as error:
             results.append(replace(trial, fault=str(error)))
             if not error.refused:

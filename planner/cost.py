@@ -31,22 +31,23 @@ class Priors:
     place_instructions: float = 30.73  # a 16-pixel tile of `first`: its pixels' places, on the map and in shared memory
     gather_instructions: float = 18.52  # the same: loading its input
     staged_instructions: float = 93.89  # the same, from a stem's input in shared memory, and copying that there
-    store_instructions: float = 5.767  # a register of the output: bias, residual, address, store
+    store_instructions: float = 5.588  # a register of the output: bias, residual, address, store
     sum_instructions: float = 24.76  # a register of partial sums that goes to another thread block of a cluster
     factor_instructions: float = 80.92  # a warp's 512 bytes of X times their factors
     clocks_per_instruction: float = 2.027  # of one warp alone
-    product_clocks: float = 5.445  # the same, of a tensor-core product
-    wgmma_clocks: float = 1.608  # the same, of 8 channels of a product of 64 pixels
-    fragment_clocks: float = 21.08  # the same, of loading a fragment of `first` that goes to shared memory
-    step_clocks: float = 251.0  # of a chunk step: its barrier, and the copies' latency that is not hidden
-    warp_clocks: float = 128.3  # the same, for each warp of the thread block: the slowest keeps all waiting
-    stream_warp_clocks: float = 35.75  # the same, of a lone dense stage
-    wgmma_block_clocks: float = 359.6  # of a thread block with wgmma, once
-    first_block_clocks: float = 1237.0  # of one whose depthwise waits for `first`, once
+    product_clocks: float = 7.162  # the same, of a tensor-core product
+    wgmma_clocks: float = 1.362  # the same, of 8 channels of a product of 64 pixels
+    fragment_clocks: float = 13.12  # the same, of loading a fragment of `first` that goes to shared memory
+    step_clocks: float = 164.9  # of a chunk step: its barrier, and the copies' latency that is not hidden
+    warp_clocks: float = 138.0  # the same, for each warp of the thread block: the slowest keeps all waiting
+    stream_warp_clocks: float = 37.26  # the same, of a lone dense stage
+    wgmma_block_clocks: float = 280.6  # of a thread block with wgmma, once
+    fill_bytes: float = 165.8  # a clock, of the copies of a thread block's first step, which nothing hides
+    first_block_clocks: float = 1044.0  # of one whose depthwise waits for `first`, once
     split_clocks: float = 1923  # of a cluster: its barriers
-    turn_share: float = 0.8661  # of a tile's latency that one after it takes, whose input was fetched ahead
-    dispatch_clocks: float = 486.5  # in which an SM starts a thread block
-    wgmma_wait_clocks: float = 130.4  # of a product of 64 pixels beside a depthwise, which nothing hides
+    turn_share: float = 0.8638  # of a tile's latency that one after it takes, whose input was fetched ahead
+    dispatch_clocks: float = 398.2  # in which an SM starts a thread block
+    wgmma_wait_clocks: float = 162.7  # of a product of 64 pixels beside a depthwise, which nothing hides
     uneven_blocks: float = 0.55  # thread blocks that the busiest SM has more, for each of two it has room for
     strip_load_instructions: float = 1.711  # a lone depthwise's, of a pixel of X or Y: address, border, load or store
     strip_row_instructions: float = 10.75  # the same, of a row of X
@@ -74,10 +75,10 @@ PRIORS = Priors()
 FITTED = (
     "overlap", "l2_share", "copy_instructions", "place_instructions", "gather_instructions", "staged_instructions",
     "store_instructions", "sum_instructions", "factor_instructions", "clocks_per_instruction", "product_clocks",
-    "wgmma_clocks", "fragment_clocks", "step_clocks", "warp_clocks", "stream_warp_clocks", "wgmma_block_clocks",
-    "first_block_clocks", "split_clocks", "turn_share", "dispatch_clocks", "wgmma_wait_clocks", "uneven_blocks",
-    "strip_load_instructions", "strip_row_instructions", "strip_wait_clocks", "strip_dispatch_clocks",
-    "strip_narrow_share",
+    "wgmma_clocks", "fragment_clocks", "step_clocks", "fill_bytes", "warp_clocks", "stream_warp_clocks",
+    "wgmma_block_clocks", "first_block_clocks", "split_clocks", "turn_share", "dispatch_clocks", "wgmma_wait_clocks",
+    "uneven_blocks", "strip_load_instructions", "strip_row_instructions", "strip_wait_clocks",
+    "strip_dispatch_clocks", "strip_narrow_share",
 )  # fmt: skip
 
 # By compute capability, the largest not above the GPU's: m16n8k16 products (float16; m16n8k8 in TF32) that an SM starts
@@ -92,7 +93,7 @@ _ACTIVATION = {"none": 0, "relu": 0.5, "clip": 1, "hardswish": 3, "hardsigmoid":
 
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
-POOLING = 70  # instructions that add up a group of 16 pixels behind a project
+POOLING = 110  # instructions that add up a group of 16 pixels behind a project
 FRAGMENT = 512  # bytes of an operand of a warp: 32 lanes x 16
 SECTOR = 32  # bytes that L2 hands out at least
 LINE = 128  # bytes that it fetches together
@@ -1043,6 +1044,7 @@ def times(
         turn += priors.split_clocks
     following = (w.turns - 1) * (1 if seg.streams else priors.turn_share)
     latency = (priors.wgmma_block_clocks if w.operands else 0) + (1 + following) * turn
+    latency += 512 * w.warps * (w.copies + w.weight_copies) / priors.fill_bytes
     if seg.first and seg.depthwise:
         latency += priors.first_block_clocks
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps
@@ -1084,12 +1086,15 @@ def estimate(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS, *, hel
         return None
     if seg.gate:
         return _estimate_gate(seg, tile, gpu, blocks, shared, priors)
-    done = work(seg, tile, gpu.sms)
     if seg.strip:
         taken = min(bound, strip.taken(seg, tile))
     else:  # a loop of products takes more than it needs, where it may
         taken = min(bound, regs + (priors.spare_registers if seg.streams and tile.wgmma else 0))
-    parts = times(seg, done, gpu, blocks, priors, room=resident(seg, tile, gpu, shared, taken))
+    room = resident(seg, tile, gpu, shared, taken)
+    if tile.resident and tile.split == 1 and room > tile.blocks:  # they fill the GPU
+        tile, blocks = replace(tile, blocks=room), max(blocks, room)
+    done = work(seg, tile, gpu.sms)
+    parts = times(seg, done, gpu, blocks, priors, room=room)
     return Estimate(
         time_us=joined(parts, priors),
         traffic_bytes=done.moved + done.weights,

@@ -166,6 +166,7 @@ def _spatial(seg: Segment, least_filled: float, wgmma: int = 0) -> Iterator[Tile
 MAX_WARPS = 8  # of a thread block: beyond, barriers cost more than weights read once less
 MAX_WGMMA_WARPS = 12  # where four multiply at once
 MAX_GROUPS = 12  # of a chunk
+DEEP = 256  # channels in from which on 12 warps along pixels are tried: a shorter loop hides less
 WIDE = 192  # channels from which on 12 are tried: an SM holds no second thread block of so many
 
 
@@ -173,8 +174,8 @@ def _groups_of_a_chunk(seg: Segment) -> list[int]:
     """Groups of channels that a step may have: few, which leave room, and where nothing is computed in between, those
     of a few equal steps, whose waits are as many."""
     groups = seg.middle_groups
-    if seg.first or seg.depthwise:
-        return [n for n in (1, 2, 3, 4) if n == 1 or n <= groups]
+    if seg.first or seg.depthwise:  # three take longer than estimated in float32
+        return [n for n in ((1, 2, 3, 4) if seg.element == 2 else (1, 2, 4)) if n == 1 or n <= groups]
     equal = {ceil_div(groups, steps) for steps in range(1, 9)}
     return sorted({1} | {n for n in (2, 4) if n <= groups} | {n for n in equal if n <= MAX_GROUPS})
 

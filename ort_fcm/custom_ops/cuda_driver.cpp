@@ -46,6 +46,7 @@ Driver open_driver() {
   bind(driver.unload_module, "cuModuleUnload");
   bind(driver.get_function, "cuModuleGetFunction");
   bind(driver.set_function_attribute, "cuFuncSetAttribute");
+  bind(driver.occupancy, "cuOccupancyMaxActiveBlocksPerMultiprocessor");
   bind(driver.launch, "cuLaunchKernelEx");
   if (driver.init(0)) fail("the CUDA driver finds no usable GPU");
   return driver;

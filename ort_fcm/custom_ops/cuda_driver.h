@@ -77,6 +77,7 @@ struct Driver {
   int (*unload_module)(Module);
   int (*get_function)(Function*, Module, const char*);
   int (*set_function_attribute)(Function, int attribute, int value);
+  int (*occupancy)(int* blocks, Function, int threads, size_t shared_bytes);
   int (*launch)(const LaunchConfig*, Function, void** arguments, void** extra);
 };
 

@@ -50,7 +50,7 @@ class CudaKernel : public Kernel {
     params.scale = inputs.scale, params.pool = pool;
     void* stream = nullptr;
     check(ort::compute_stream(context, &stream));
-    launch_module(gpu_, spec_, shape, inputs.map, params, kernel_->function(), static_cast<cuda::Stream>(stream));
+    launch_module(gpu_, spec_, shape, inputs.map, params, *kernel_, static_cast<cuda::Stream>(stream));
   }
 
  private:
@@ -76,7 +76,7 @@ class CudaKernel : public Kernel {
     std::lock_guard lock(mutex_);
     if (ready_.load(std::memory_order_relaxed)) return;
     if (spec_.type == Type::tf32 && !allows_tf32(context)) prepare(Type::float32);
-    kernel_ = load_kernel(*compilation_, gpu_.context, shared_bytes(spec_));
+    kernel_ = load_kernel(*compilation_, gpu_.context, threads(spec_), shared_bytes(spec_));
     compilation_.reset();
     for (Stage& stage : module_.stages) stage.weight = {}, stage.bias = {}, stage.slope = {};
     ready_.store(true, std::memory_order_release);

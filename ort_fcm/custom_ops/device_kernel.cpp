@@ -80,7 +80,8 @@ std::shared_ptr<Compilation> start_compilation(const std::string& source, const 
   });
 }
 
-DeviceKernel::DeviceKernel(cuda::Context context, const std::string& cubin, int shared_bytes) : context_(context) {
+DeviceKernel::DeviceKernel(cuda::Context context, const std::string& cubin, int threads, int shared_bytes)
+    : context_(context) {
   const cuda::Driver& driver = cuda::driver();
   const cuda::Current current(context);
   int version = 0;
@@ -92,6 +93,7 @@ DeviceKernel::DeviceKernel(cuda::Context context, const std::string& cubin, int 
     cuda::require(driver.get_function(&function_, module_, "fcm_module"), "finding the kernel");
     cuda::require(driver.set_function_attribute(function_, cuda::kDynamicSharedBytes, shared_bytes),
                   "reserving shared memory");
+    cuda::require(driver.occupancy(&held_, function_, threads, shared_bytes), "asking how many thread blocks fit");
   } catch (...) {
     driver.unload_module(module_);
     throw;
@@ -102,11 +104,12 @@ DeviceKernel::~DeviceKernel() {
   in_context(context_, [&] { cuda::driver().unload_module(module_); });
 }
 
-std::shared_ptr<DeviceKernel> load_kernel(const Compilation& compilation, cuda::Context context, int shared_bytes) {
+std::shared_ptr<DeviceKernel> load_kernel(const Compilation& compilation, cuda::Context context, int threads,
+                                          int shared_bytes) {
   static auto& kernels = *new Shared<std::pair<cuda::Context, std::string>, DeviceKernel>;
   const std::string& cubin = compilation.cubin.get();
   return kernels.get({context, compilation.key},
-                     [&] { return std::make_shared<DeviceKernel>(context, cubin, shared_bytes); });
+                     [&] { return std::make_shared<DeviceKernel>(context, cubin, threads, shared_bytes); });
 }
 
 DeviceBuffer::DeviceBuffer(cuda::Context context, const std::string& data, size_t bytes) : context_(context) {

@@ -21,21 +21,25 @@ std::shared_ptr<Compilation> start_compilation(const std::string& source, const 
 // A loaded kernel; unloads itself.
 class DeviceKernel {
  public:
-  DeviceKernel(cuda::Context context, const std::string& cubin, int shared_bytes);
+  DeviceKernel(cuda::Context context, const std::string& cubin, int threads, int shared_bytes);
   ~DeviceKernel();
   DeviceKernel(const DeviceKernel&) = delete;
   DeviceKernel& operator=(const DeviceKernel&) = delete;
 
   cuda::Function function() const { return function_; }
+  int held() const { return held_; }  // thread blocks that a multiprocessor has room for
 
  private:
   cuda::Context context_;
   cuda::Module module_ = nullptr;
   cuda::Function function_ = nullptr;
+  int held_ = 0;
 };
 
-// Waits for `compilation` and loads its kernel into `context`, unless it is there already. Throws Error.
-std::shared_ptr<DeviceKernel> load_kernel(const Compilation& compilation, cuda::Context context, int shared_bytes);
+// Waits for `compilation` and loads its kernel, whose thread blocks have so many threads and bytes of shared memory,
+// into `context`, unless it is there already. Throws Error.
+std::shared_ptr<DeviceKernel> load_kernel(const Compilation& compilation, cuda::Context context, int threads,
+                                          int shared_bytes);
 
 // A block of device memory with a copy of `data`, or with as many copies as fill `bytes`; frees itself.
 class DeviceBuffer {

@@ -44,12 +44,12 @@ Gpu current_gpu() {
 std::string architecture(const Gpu& gpu) { return text("sm_", gpu.capability, gpu.capability == 90 ? "a" : ""); }
 
 void launch_module(const Gpu& gpu, const Spec& spec, const CallShape& shape, MapSize in, Params params,
-                   cuda::Function function, cuda::Stream stream) {
+                   const DeviceKernel& kernel, cuda::Stream stream) {
   check_extents(spec, shape, in);
   check_aligned(params.x, "input X"), check_aligned(params.residual, "residual R"), check_aligned(params.y, "output Y");
   check_aligned(params.scale, "factors G");
 
-  const Launch l = launch(spec, shape.batch, in.height, in.width, gpu.multiprocessors);
+  const Launch l = launch(spec, shape.batch, in.height, in.width, gpu.multiprocessors, kernel.held());
   const bool many = double(l.tiles_x) * l.tiles_y * double(shape.batch) > INT_MAX;  // thread blocks count tiles
   if (many || l.grid_x > INT_MAX || l.grid_y > 65535) fail("the call needs more thread blocks than a launch has");
   params.batch = int(shape.batch), params.in_h = int(in.height), params.in_w = int(in.width);
@@ -74,7 +74,7 @@ void launch_module(const Gpu& gpu, const Spec& spec, const CallShape& shape, Map
                                   attributes,
                                   attribute_count};
   void* arguments[] = {&params};
-  cuda::require(cuda::driver().launch(&config, function, arguments, nullptr), "launching the kernel");
+  cuda::require(cuda::driver().launch(&config, kernel.function(), arguments, nullptr), "launching the kernel");
 }
 
 }  // namespace fcm

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "cuda_driver.h"
+#include "device_kernel.h"
 #include "specialise.h"
 
 namespace fcm {
@@ -20,9 +21,9 @@ Gpu current_gpu();  // throws Error if there is none
 
 std::string architecture(const Gpu& gpu);  // as NVRTC names it
 
-// Launches `function`, compiled for `spec`, on `stream`, for X of `map` pixels. Of `params`, the tensors and weights
+// Launches `kernel`, compiled for `spec`, on `stream`, for X of `map` pixels. Of `params`, the tensors and weights
 // are set; a batch of 0 is not for it. Throws Error.
 void launch_module(const Gpu& gpu, const Spec& spec, const CallShape& shape, MapSize map, Params params,
-                   cuda::Function function, cuda::Stream stream);
+                   const DeviceKernel& kernel, cuda::Stream stream);
 
 }  // namespace fcm

@@ -161,7 +161,7 @@ double measure(Description description, const std::vector<int64_t>& x_shape) {
 
   static std::mutex& one_at_a_time = *new std::mutex;
   const std::lock_guard lock(one_at_a_time);
-  const auto kernel = load_kernel(*compilation, context, shared_bytes(spec));
+  const auto kernel = load_kernel(*compilation, context, threads(spec), shared_bytes(spec));
   const DeviceBuffer weights(context, packed.block());
   const auto bytes = [&](const std::vector<int64_t>& dims) {
     size_t count = element_bytes(spec.type);
@@ -182,8 +182,7 @@ double measure(Description description, const std::vector<int64_t>& x_shape) {
   Params params = packed.params(weights.address());
   params.x = pointer(x), params.y = pointer(y), params.residual = module.residual ? pointer(residual) : nullptr;
   params.scale = pointer(scale), params.pool = pointer(pool);
-  return time_launches(
-      [&](cuda::Stream stream) { launch_module(gpu, spec, shape, map, params, kernel->function(), stream); });
+  return time_launches([&](cuda::Stream stream) { launch_module(gpu, spec, shape, map, params, *kernel, stream); });
 }
 
 }  // namespace fcm

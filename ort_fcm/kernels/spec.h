@@ -395,8 +395,8 @@ constexpr int cluster_sms(int sms, int split) {
 }
 
 // The launch for X of `batch` images of h x w pixels on a GPU of `sms` multiprocessors, which only resident blocks care
-// for. A side that the windows leave nothing of is 0.
-constexpr Launch launch(const Spec& s, long long batch, long long h, long long w, int sms = 0) {
+// for: they fill it, as `held` of them fit on one, at least tile.blocks. A side that the windows leave nothing of is 0.
+constexpr Launch launch(const Spec& s, long long batch, long long h, long long w, int sms = 0, int held = 0) {
   Launch l{};
   if (s.mean) h = w = 1;
   if (is_gate(s)) {
@@ -429,7 +429,8 @@ constexpr Launch launch(const Spec& s, long long batch, long long h, long long w
     l.grid_x = (batch * out_h * out_w + flat_pixels(s) - 1) / flat_pixels(s);
   }
   if (s.tile.resident && sms > 0) {
-    const long long blocks = max(1, cluster_sms(sms, s.tile.split) * s.tile.blocks / (blocks_n(s) * s.tile.split));
+    const int room = s.tile.split > 1 ? s.tile.blocks : max(held, s.tile.blocks);
+    const long long blocks = max(1, cluster_sms(sms, s.tile.split) * room / (blocks_n(s) * s.tile.split));
     l.grid_x = l.grid_x < blocks ? l.grid_x : blocks;
   }
   if (s.pool) l.pool_rows = s.depthwise ? l.tiles_x * l.tiles_y * tile_pool_rows(s) : flat_pool_rows(l.out_h * l.out_w);

@@ -16,6 +16,7 @@ from planner.cost import (
     Segment,
     block_n,
     cluster_sms,
+    estimate,
     illegal,
     packed_bytes,
     segment,
@@ -198,9 +199,12 @@ def test_traffic_is_what_thread_blocks_read_and_write(chain: Chain, card: Gpu, d
         access = (min(block_n(seg, tile), seg.c_in) * seg.element,) * 2
     cuts = -(-seg.padded_out // block_n(seg, tile))
     inner, outer = packed_bytes(seg, tile)
-    if tile.resident:  # thread blocks fetch their weights once
+    if tile.resident:  # thread blocks fetch their weights once, and as many as an SM has room for do
+        cost = estimate(seg, tile, card)
+        assert cost
+        held = max(tile.blocks, cost.resident) if tile.split == 1 else tile.blocks
         sms = max(tile.split, cluster_sms(card.sms, tile.split))
-        tiles = min(tiles, max(1, sms * tile.blocks // (cuts * tile.split)))
+        tiles = min(tiles, max(1, sms * held // (cuts * tile.split)))
     total = float(tiles * ((cuts if project else 1) * inner + outer))
     vector = 16 // seg.element
     x_bytes, y_bytes = seg.c_in * seg.element, seg.c_out * seg.element

@@ -46,9 +46,9 @@ int main() {
     t.warps_m = next(), t.warps_n = next(), t.block_n = next(), t.split = next(), t.blocks = next();
     t.resident = next(), t.wgmma = next();
     s.mean = next(), s.pool = next(), s.scaled = next(), s.norm_epsilon = next(), s.passes = next();
-    const int batch = next(), height = next(), width = next(), sms = next();
+    const int batch = next(), height = next(), width = next(), sms = next(), held = next();
     const char* why = fcm::illegal(s);
-    const fcm::Launch l = why ? fcm::Launch{} : fcm::launch(s, batch, height, width, sms);
+    const fcm::Launch l = why ? fcm::Launch{} : fcm::launch(s, batch, height, width, sms, held);
     const auto vector = [&](bool there, bool project, const fcm::Act& act) {
       return there ? fcm::padded_vector(s, project) * (act.kind == fcm::Activation::prelu ? 8 : 4) : 0;
     };
@@ -61,7 +61,7 @@ int main() {
 }
 """
 
-Ask = Callable[[Segment, Tile, int], tuple[int, int, int, str]]
+Ask = Callable[[Segment, Tile, int, int], tuple[int, int, int, str]]
 
 
 def test_stems_are_the_same(tmp_path: Path) -> None:
@@ -84,8 +84,8 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     (folder / "ask.cc").write_text(PROGRAM)
     subprocess.run([compiler, "-std=c++17", f"-I{KERNELS}", "ask.cc", "-o", "ask"], cwd=folder, check=True)
 
-    def run(seg: Segment, tile: Tile, sms: int) -> tuple[int, int, int, str]:
-        text = " ".join(str(int(value)) for value in [*numbers(seg, tile), sms])
+    def run(seg: Segment, tile: Tile, sms: int, held: int) -> tuple[int, int, int, str]:
+        text = " ".join(str(int(value)) for value in [*numbers(seg, tile), sms, held])
         done = subprocess.run([folder / "ask"], input=text, capture_output=True, text=True, check=True)
         shared, grid, packed, *why = done.stdout.rstrip("\n").split(" ", 3)
         return int(shared), int(grid), int(packed), why[0] if why else ""
@@ -156,7 +156,7 @@ def test_random_tiles_are_judged_alike(ask: Ask, seg: Segment, data: st.DataObje
     tile = data.draw(st.composite(random_tile)())
     if tile.images > 1 and not seg.mean:  # several images need the whole map: the planner's own rule
         tile = replace(tile, images=1)
-    shared, _, packed, why = ask(seg, tile, 0)
+    shared, _, packed, why = ask(seg, tile, 0, 0)
     assert bool(illegal(seg, tile)) == bool(why), (illegal(seg, tile), why)
     if not why:
         assert shared_bytes(seg, tile) == shared
@@ -174,5 +174,5 @@ def test_planned_tiles_are_true_to_the_kernels(ask: Ask, seg: Segment, card: Gpu
     module = data.draw(st.sampled_from(found))
     cost = estimate(seg, module.tile, card)
     assert cost
-    shared, grid, _, why = ask(seg, module.tile, card.sms)
+    shared, grid, _, why = ask(seg, module.tile, card.sms, cost.resident)
     assert (shared, grid, why) == (module.shared_bytes, cost.grid, "")
