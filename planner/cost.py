@@ -681,6 +681,8 @@ def _stream_registers(seg: Segment, tile: Tile) -> int:
         end = min(56, groups * (4 + bias // 2))
     else:
         end = min(groups, 4) * (bias + residual) - (8 if groups > 4 and seg.element == 2 else 0)
+        if seg.padded_out % seg.group and channels < seg.padded_out:  # some blocks end in half a group
+            end += 24
     end += 16
     if tile.split > 1:
         loop, end = loop + 8, end + 8
