@@ -46,7 +46,7 @@ from typing import Any
 import numpy as np
 from ort_fcm.planner import Chain, Gpu, Module, Plan, Tile, candidates, module_of, plan_chain
 from ort_fcm.planner import gpu as gpu_by_name
-from ort_fcm.planner.cost import Segment, layout_change, segment, served_bytes, shared_bytes, stock
+from ort_fcm.planner.cost import PRIORS, Segment, layout_change, segment, served_bytes, shared_bytes, stock
 from ort_fcm.planner.cost import resident as resident_blocks
 
 from benchmarks import chains, ncu, timings
@@ -544,7 +544,7 @@ def lost(entry: Entry, modules: list[Entry], gpu: Gpu) -> tuple[float, float] | 
     inside = {i for first, last in entry["plan"] for i in range(first, last + 1)}
     left = [i for i in range(len(chain.layers)) if i not in inside]
     edges = [i for i in range(1, len(chain.layers)) if (i in inside) != (i - 1 in inside)]
-    chosen = sum(us[first, last] for first, last in entry["plan"])
+    chosen = sum(us[first, last] + PRIORS.module_us for first, last in entry["plan"])
     chosen += sum(stock(chain, i, gpu).time_us for i in left) + sum(layout_change(chain, i, gpu).time_us for i in edges)
     return chosen, best.time_after_us
 

@@ -55,6 +55,7 @@ class Priors:
     strip_dispatch_clocks: float = 348.9  # dispatch_clocks of a lone depthwise
     strip_narrow_share: float = 0.1747  # of device memory's time for each 128 bytes that are asked for in parts
     launch_us: float = 1.2  # of a kernel in a captured graph
+    module_us: float = 0.4  # more in a network: of a kernel that follows another one, not itself
     base_registers: int = 53  # addresses, counters, pipeline state
     gathered_registers: int = 60  # from sm_100 on, the assembler gathers more loads
     resident_registers: int = 24  # of a thread with resident weights: the next tile's places

@@ -410,7 +410,7 @@ def plan_chain(
         offer(start, start + 1, 0, key(*doubted[start]), None)
         for last in range(start, min(start + MAX_STAGES, count)):
             for module in modules_of(start, last)[:1]:
-                offer(start, last + 1, 1, key(module.time_us, module.traffic_bytes), module)
+                offer(start, last + 1, 1, key(module.time_us + priors.module_us, module.traffic_bytes), module)
 
     modules: list[Module] = []
     skips: list[Skip] = []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from ort_fcm.planner import Chain, Layer, candidates, gpu, plan_chain
-from ort_fcm.planner.cost import served_bytes
+from ort_fcm.planner.cost import PRIORS, served_bytes
 
 from benchmarks import chains, confirm, ncu
 from benchmarks.calibrate import problems
@@ -92,7 +92,7 @@ def test_wrong_choices_are_counted(jobs: Jobs) -> None:
     for entry in data["chains"]:
         count = len(entry["layers"])
         us = {
-            tuple(map(int, place.split("-"))): data["modules"][i]["tiles"][0][2]
+            tuple(map(int, place.split("-"))): data["modules"][i]["tiles"][0][2] + PRIORS.module_us
             for place, i in entry["modules"].items()
         }
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from planner import GPUS, Chain, Gpu, Layer, Plan, PlannerError, Tile, candidates, gpu, module_of, plan_chain, strip
 from planner.chain import ACTIVATIONS, STAGES
 from planner.cost import (
+    PRIORS,
     Segment,
     block_n,
     cluster_sms,
@@ -158,14 +159,14 @@ def test_the_choice_is_the_best_of_all_segmentations(chain: Chain, card: Gpu) ->
         for last in range(start, count):
             found = candidates(chain, card, start, last)
             if found:
-                costs.append(min(module.time_us for module in found) + best(last + 1))
+                costs.append(min(module.time_us for module in found) + PRIORS.module_us + best(last + 1))
         return min(costs)
 
     plan = plan_chain(chain, card)
     assert plan.time_after_us <= best(0) * (1 + 1e-9)
     if not plan.skips:
         assert plan.time_after_us == pytest.approx(best(0))
-        assert plan.time_after_us == pytest.approx(sum(module.time_us for module in plan.modules))
+        assert plan.time_after_us == pytest.approx(sum(m.time_us + PRIORS.module_us for m in plan.modules))
 
 
 @SETTINGS
