@@ -679,7 +679,7 @@ def _stream_registers(seg: Segment, tile: Tile) -> int:
         end = bias + residual
     elif not seg.residual and (channels == seg.padded_out or seg.padded_out % channels):
         # Addresses that are constants, or a last block with fewer, hoist all biases.
-        end = min(56, groups * (4 + bias // 2))
+        end = min(80, groups * (4 + bias // 2))
     else:
         end = min(groups, 4) * (bias + residual) - (8 if groups > 4 and seg.element == 2 else 0)
         if seg.padded_out % seg.group and channels < seg.padded_out:  # some blocks end in half a group
