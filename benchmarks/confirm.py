@@ -66,7 +66,6 @@ NETWORKS = (
 BATCHES = (16, 1, 128)  # of the first, all segments come before anything else
 NEAR = 6  # of the planner's next best tiles, to be a match for its choice
 RESULTS = Path(__file__).parent / "results" / "confirm_h200.json.xz"
-AGAIN = RESULTS.with_name("confirm_again_h200.json.xz")
 JOBS = Path("build") / "confirm_jobs.json.xz"
 Entry = dict[str, Any]
 
@@ -578,13 +577,11 @@ def fusion_table(data: Entry) -> list[str]:
     return [*lines, "", f"Most is lost in: {'; '.join(told)}."] if told else lines
 
 
-TABLES = {"confirm_traffic": traffic_table, "confirm_time": time_table, "confirm_fusion": fusion_table,
-          "confirm_again": time_table}  # fmt: skip
+TABLES = {"confirm_traffic": traffic_table, "confirm_time": time_table, "confirm_fusion": fusion_table}
 
 
-def render(name: str, path: Path | None = None) -> str:
+def render(name: str, path: Path = RESULTS) -> str:
     """A table of docs/planner.md as Markdown."""
-    path = path or (AGAIN if name == "confirm_again" else RESULTS)
     if not path.exists():
         return "Not measured yet.\n"
     data = read(path)

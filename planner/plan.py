@@ -140,7 +140,7 @@ def _spatial(seg: Segment, least_filled: float, wgmma: int = 0) -> Iterator[Tile
     out_h, out_w = seg.maps[-1]
     if not seg.depthwise:
         for patch_h in (1, 2, 4):
-            warpgroups = (4, 8, 12) if seg.streams and patch_h == 1 else (4, 8)
+            warpgroups = (4, 8, 12) if seg.streams and patch_h == 1 and seg.middle_channels >= DEEP else (4, 8)
             for warps_m in warpgroups if wgmma else (1, 2, 4, 8):
                 pixels = 16 * patch_h * warps_m
                 if pixels <= 16 or pixels < 2 * seg.batch * out_h * out_w:
