@@ -605,6 +605,9 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             # One group: sums begin when it has ended.
             sums = max(0, sums - depthwise)
         phase = max(phase, depthwise)
+        several = tile.chunk // seg.group > tile.warps_n and tile.patch_h == 1  # of which loads go far ahead
+        if several and seg.stages == "pw-dw-pw" and max(seg.depthwise.stride) > 1 and seg.depthwise.taps <= 9:
+            phase += 0 if tile.wgmma else 2 * sums
     if tile.wgmma and seg.first:  # the results of products of the first stage
         own = tile.chunk // 2
         tiles = max(1, 64 // own) if seg.depthwise else 1
@@ -646,6 +649,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             kept += 14 * tile.patch_h
         if gpu.sm >= 100 and seg.depthwise and not seg.first:  # places of copies
             kept += 32
+        if gpu.sm < 90 and seg.stages == "pw-dw" and seg.depthwise and seg.depthwise.taps > 9 and tile.patch_h > 1:
+            kept += 80  # of weights
         if gpu.sm < 90 and seg.depthwise and seg.project:  # of weights, too
             if seg.first and seg.element == 4 and seg.depthwise.taps > 9:
                 kept += 44
