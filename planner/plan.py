@@ -263,10 +263,8 @@ def _ranked(seg: Segment, gpu: Gpu, objective: str, priors: Priors, limit: int) 
         if not found:
             for tile in _tiles(seg, gpu, least_filled):
                 cost = estimate(seg, tile, gpu, priors, held=False)
-                if not cost and not (
-                    tile.resident or seg.gate or seg.strip
-                ):  # weights that lie there once may leave the room
-                    tile = replace(tile, resident=1)
+                if not cost and not (tile.resident or seg.gate or seg.strip):
+                    tile = replace(tile, resident=1)  # weights that lie there once may leave the room
                     cost = estimate(seg, tile, gpu, priors, held=False)
                 if cost:
                     found.append((tile, cost))
