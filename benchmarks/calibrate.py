@@ -1,10 +1,11 @@
 """Fits the constants of the planner's time model to timed tiles, and says how well its choices do.
 
-    python -m benchmarks.calibrate benchmarks/results/tiles_h200_{6,7}.jsonl.xz [--only NAME,...] [--no-fit]
+    python -m benchmarks.calibrate benchmarks/results/tiles_h200_{6,7,8}.jsonl.xz [--only NAME,...] [--no-fit]
 
-The lines of the files are those of benchmarks/timings.py. The fit takes residency from there; the figures that follow
-use the planner's own. Besides, each of --folds parts of the modules is judged with constants that were fitted to the
-others: equal layers are in one part, whatever the batch.
+The lines of the files are those of benchmarks/timings.py. The fit takes residency from there, and leaves out timings of
+kernels that have changed since (CHANGED); the figures that follow use all, and the planner's own residency. Besides,
+each of --folds parts of the modules is judged with constants that were fitted to the others: equal layers are in one
+part, whatever the batch.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ KERNEL_ACTIVATIONS = (
 )  # fmt: skip
 
 
+CHANGED = ("d503300", "1228e5e")  # revisions whose lone stages with wgmma asked for copies before they multiplied
+
+
 @dataclass(frozen=True)
 class Timing:
     tile: Tile
     work: Work
     blocks: int  # thread blocks an SM held
     us: float
+    changed: bool  # the kernel has, since
 
 
 @dataclass(frozen=True)
@@ -100,22 +105,23 @@ def problems(files: Iterable[Path], card: Gpu) -> list[Problem]:
         tile = Tile(**{name[5:]: value for name, value in spec.items() if name.startswith("tile.")})
         if known.seg.strip and illegal(known.seg, tile):
             continue  # a lone depthwise, timed when it had no kernel of its own
-        known.timings[tile] = Timing(tile, work(known.seg, tile, card.sms), row["occ"], row["us"])
+        changed = known.seg.streams and tile.wgmma > 0 and row.get("revision") in CHANGED
+        known.timings[tile] = Timing(tile, work(known.seg, tile, card.sms), row["occ"], row["us"], changed)
     return list(found.values())
 
 
 Vector = NDArray[np.float64]
 
 
-LEAST = 9  # tiles of a problem that says which of them comes first
 LEVEL = 0.25  # weight of a problem's mean error beside those from tile to tile, which decide
 
 
-def fit(chosen: list[Problem], card: Gpu, priors: Priors, names: list[str], steps: int = 40) -> Priors:
+def fit(chosen: list[Problem], card: Gpu, priors: Priors, names: list[str], least: int, steps: int = 40) -> Priors:
     """Levenberg-Marquardt on the logarithms of the constants; the residuals are logarithms of time, less their mean of
-    the problem, and count by how near a tile is to its problem's best."""
+    the problem, and count by how near a tile is to its problem's best. Of problems with `least` tiles or more."""
+    today = [replace(p, timings={tile: t for tile, t in p.timings.items() if not t.changed}) for p in chosen]
     # Gates have a model of their own.
-    modelled = [p for p in chosen if not p.seg.gate and len(p.timings) >= LEAST]
+    modelled = [p for p in today if not p.seg.gate and len(p.timings) >= least]
     rows = [(i, p.seg, t, (best(p) / t.us) ** 3) for i, p in enumerate(modelled) for t in p.timings.values()]
     which = np.array([i for i, *_ in rows])
     measured, near = np.log([t.us for _, _, t, _ in rows]), np.array([row[-1] for row in rows])
@@ -163,11 +169,11 @@ def ranks(values: Vector) -> Vector:
 Figures = tuple[int, float, float, float, float]  # batch, rank correlation, the pick's and the best's us, its estimate
 
 
-def judged(p: Problem, card: Gpu, priors: Priors) -> Figures | None:
-    """What the planner would pick of a problem's tiles; None where too few were timed."""
+def judged(p: Problem, card: Gpu, priors: Priors, least: int) -> Figures | None:
+    """What the planner would pick of a problem's tiles; None where fewer than `least` were timed."""
     told = [(t, estimate(p.seg, t.tile, card, priors)) for t in p.timings.values()]
     known = [(order(p.seg, t.tile, e), t.us) for t, e in told if e and not e.spilled]
-    if len(known) < LEAST:
+    if len(known) < least:
         return None
     estimates, measured = np.array([key[0] for key, _ in known]), np.array([us for _, us in known])
     rank = float(np.corrcoef(ranks(estimates), ranks(measured))[0, 1])
@@ -191,12 +197,13 @@ def main() -> None:
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--gpu", default="H200", help="name or .toml file of the GPU that was timed")
     parser.add_argument("--only", default=",".join(FITTED), help="constants that are fitted, separated by commas")
+    parser.add_argument("--least", type=int, default=9, help="tiles of a module that says which of them comes first")
     parser.add_argument("--folds", type=int, default=8, help="parts of the modules, each left out in turn; 0: none")
     parser.add_argument("--no-fit", action="store_true", help="report the constants as they are")
     options = parser.parse_args()
     card, names = gpu(options.gpu), options.only.split(",")
     known = problems(options.files, card)
-    priors = PRIORS if options.no_fit else fit(known, card, PRIORS, names)
+    priors = PRIORS if options.no_fit else fit(known, card, PRIORS, names, options.least)
     for name in names:
         print(f"{name} = {asdict(priors)[name]:.4g}")
 
@@ -205,11 +212,11 @@ def main() -> None:
 
     left_out: list[Figures] = []
     for n in range(0 if options.no_fit else options.folds):
-        others = fit([p for p in known if part(p) != n], card, PRIORS, names)
-        left_out += [f for p in known if part(p) == n and (f := judged(p, card, others))]
+        others = fit([p for p in known if part(p) != n], card, PRIORS, names, options.least)
+        left_out += [f for p in known if part(p) == n and (f := judged(p, card, others, options.least))]
     kinds = {"lone depthwises": [p for p in known if p.seg.strip], "all": known}
     for kind, chosen in kinds.items():
-        report(kind, [f for p in chosen if (f := judged(p, card, priors))])
+        report(kind, [f for p in chosen if (f := judged(p, card, priors, options.least))])
     if left_out:
         report("all, left out", left_out)
 

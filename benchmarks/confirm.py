@@ -539,11 +539,12 @@ def lost(entry: Entry, modules: list[Entry], gpu: Gpu) -> tuple[float, float] | 
             return None
         timed[first, last] = [replace(module, time_us=time_us)]
 
-    best: Plan = plan_chain(chain, gpu, modules_of=lambda first, last: timed.get((first, last), []))
+    alone = replace(PRIORS, module_us=0.0)  # measured times, and no more
+    best: Plan = plan_chain(chain, gpu, priors=alone, modules_of=lambda first, last: timed.get((first, last), []))
     inside = {i for first, last in entry["plan"] for i in range(first, last + 1)}
     left = [i for i in range(len(chain.layers)) if i not in inside]
     edges = [i for i in range(1, len(chain.layers)) if (i in inside) != (i - 1 in inside)]
-    chosen = sum(us[first, last] + PRIORS.module_us for first, last in entry["plan"])
+    chosen = sum(us[first, last] for first, last in entry["plan"])
     chosen += sum(stock(chain, i, gpu).time_us for i in left) + sum(layout_change(chain, i, gpu).time_us for i in edges)
     return chosen, best.time_after_us
 

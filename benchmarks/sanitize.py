@@ -27,10 +27,9 @@ from benchmarks.case import DEVIATIONS, Case, describe
 from benchmarks.driver import Cuda, CudaError
 from benchmarks.modules import Bench, Host, compile_all, planned
 from ort_fcm import library
-from tests.gpu.cases import CHAINS, random_case
+from tests.gpu.cases import CHAINS, FEATURES, random_case
 
 TYPES = ("float16", "tf32", "float32")
-FEATURES = ("split=2", "split=8", "warps_n=2", "warps_n=3", "images=2", "patch_h=2", "resident=1", "wgmma=1")
 DRAWS = 12  # modules of a chain and type among which one with a feature is sought
 SMS = 2  # launched as if the GPU had so few multiprocessors: resident thread blocks then have several tiles each
 OUTCOMES = ("ran", "wrong", "refused", "not compiled", "left")

@@ -605,9 +605,9 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             # One group: sums begin when it has ended.
             sums = max(0, sums - depthwise)
         phase = max(phase, depthwise)
-        several = tile.chunk // seg.group > tile.warps_n and tile.patch_h == 1  # of which loads go far ahead
+        several = tile.chunk // seg.group > tile.warps_n and tile.patch_h == 1 and not tile.wgmma
         if several and seg.stages == "pw-dw-pw" and max(seg.depthwise.stride) > 1 and seg.depthwise.taps <= 9:
-            phase += 0 if tile.wgmma else 2 * sums
+            phase += 2 * sums  # groups side by side
     if tile.wgmma and seg.first:  # the results of products of the first stage
         own = tile.chunk // 2
         tiles = max(1, 64 // own) if seg.depthwise else 1

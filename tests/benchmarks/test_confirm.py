@@ -79,7 +79,10 @@ def test_true_estimates_are_told_so_and_the_best_plan_loses_nothing(
         for entry, found in zip(data["chains"], losses, strict=True)
         if not plan_chain(confirm.chain_of(entry), H200).skips
     ]
-    assert fused and all(chosen == pytest.approx(best) for _, (chosen, best) in fused)
+    assert fused
+    for entry, (chosen, best) in fused:  # plans count a little for each module, the best does not
+        fewer = len(entry["layers"]) - len(entry["plan"])  # modules, at most, than the best has
+        assert chosen <= best + PRIORS.module_us * fewer + 1e-9
 
 
 def test_wrong_choices_are_counted(jobs: Jobs) -> None:
@@ -92,7 +95,7 @@ def test_wrong_choices_are_counted(jobs: Jobs) -> None:
     for entry in data["chains"]:
         count = len(entry["layers"])
         us = {
-            tuple(map(int, place.split("-"))): data["modules"][i]["tiles"][0][2] + PRIORS.module_us
+            tuple(map(int, place.split("-"))): data["modules"][i]["tiles"][0][2]
             for place, i in entry["modules"].items()
         }
 

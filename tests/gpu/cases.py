@@ -11,6 +11,7 @@ CHAINS = (
     "dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw", "mean-pw-pw",
     "mean-pw",
 )  # fmt: skip
+FEATURES = ("split=2", "split=8", "warps_n=2", "warps_n=3", "images=2", "patch_h=2", "resident=1", "wgmma=1")
 
 
 def params_of(activation: str, rng: np.random.Generator) -> tuple[float, float]:
@@ -96,3 +97,12 @@ def random_case(chain: str, dtype: str, number: int, seed: int, tile: str = "") 
         pool=pool,
         norm_epsilon=float(rng.choice([1e-6, 1e-2])) if normed else 0.0,
     )
+
+
+def deep_pointwise(dtype: str, seed: int) -> Case:
+    """A lone pointwise of many channels."""
+    rng = np.random.default_rng(seed)
+    c_in, c_out = 8 * int(rng.integers(32, 60)), int(rng.choice((256, 384, 512, 576)))
+    h, w, batch = int(rng.integers(9, 16)), int(rng.integers(9, 16)), int(rng.integers(3, 7))
+    stage = Stage("pw", c_in, c_out, activation="relu")
+    return Case((stage,), dtype=dtype, batch=batch, h=h, w=w, seed=seed)

@@ -15,7 +15,7 @@ from benchmarks.convolution import ACTIVATIONS
 from benchmarks.modules import planned
 from ort_fcm import library
 from ort_fcm.device import present_device
-from tests.gpu.cases import CHAINS, random_case
+from tests.gpu.cases import CHAINS, FEATURES, deep_pointwise, random_case
 
 
 @pytest.mark.parametrize("number", range(12), ids=ACTIVATIONS)
@@ -82,21 +82,31 @@ def test_tiles(chain: str, dtype: str, seed: int) -> None:
     ranked = list(planned(case, device.name))
     assert ranked, f"the planner has no tile: {case.to_line()}"
     tiles = [ranked[0], ranked[len(ranked) // 2], ranked[-1]]
-    for feature in (
-        "split=2",
-        "split=8",
-        "warps_n=2",
-        "warps_n=3",
-        "warps_m=12",
-        "images=2",
-        "patch_h=2",
-        "resident=1",
-        "wgmma=1",
-    ):
+    for feature in FEATURES:
         tiles += [tile for tile in ranked if feature in tile][:1]
     for tile in dict.fromkeys(tiles):
         tiled = replace(case, tile=tile)
         used = library.kernel_resources(describe(tiled), device.shared_bytes_per_block)
         assert not used["replaced"], f"{used['replaced']}: {tiled.to_line()}"
+        wrong = complaint(tiled, data, Session(tiled, data, "cuda").run(tiled, data), "cuda")
+        assert wrong is None, wrong
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize("dtype", ["float16", "tf32"])
+def test_twelve_warps(dtype: str, pool: bool, seed: int) -> None:
+    """A pointwise deep and wide enough for 12 warps along its pixels."""
+    pytest.importorskip("cupy")
+    device = present_device()
+    assert device is not None
+    if device.capability != (9, 0):
+        pytest.skip("no warpgroup products on this GPU")
+    case = replace(deep_pointwise(dtype, seed), pool=pool)
+    wide = [tile for tile in planned(case, device.name) if "warps_m=12" in tile]
+    assert wide, case.to_line()
+    data = data_of(case)
+    for tile in (wide[0], wide[-1]):
+        tiled = replace(case, tile=tile)
         wrong = complaint(tiled, data, Session(tiled, data, "cuda").run(tiled, data), "cuda")
         assert wrong is None, wrong
