@@ -51,6 +51,7 @@ struct Module {
 
   // Whether a step's products run on while the next copies are asked for and waited for.
   static constexpr bool kMultipliesFirst = kWgmma && kStreams;
+  static constexpr bool kApart = warpgroups_apart(S) && kBulkCopies;
 
   // Shared memory: what a warpgroup multiplies comes first, since it must start at a multiple of kFragment.
   static constexpr int kExchangeAt = 0;  // one a stage
@@ -795,6 +796,17 @@ struct Module {
       if (step >= kLag) start_project(step - kLag);
   }
 
+  // The same where warpgroups are apart; of the step before, products are done and its copies' places free.
+  FCM_DEVICE void multiply_apart(int step) {
+    if constexpr (!kFromRegisters) {  // else a lane multiplies what it has copied itself
+      wgmma_reads();
+      warpgroup_sync();
+    }
+    start_project(step);
+    wgmma_wait_for_operands<1>();
+    if constexpr (!kFromRegisters) warpgroup_sync();
+  }
+
   // What `project` multiplies, of group gi of a chunk: this lane's channels of its pixels.
   FCM_DEVICE void fragments(Vec (&d)[P][2], int step, int gi) const {
     if constexpr (S.depthwise) {
@@ -1126,10 +1138,14 @@ struct Module {
     for (int step = 0; step < steps + kLag; ++step) {
       copy_async_wait<kEarly - 1>();
       if (kResident ? !kAhead && phase + step == 0 : !kAhead || step > 0) wait_for_weights(step);
-      if constexpr (kMultipliesFirst) wgmma_wait<0>(sums);
-      if constexpr (kWgmma) wgmma_reads();
-      block_sync();
-      if constexpr (kMultipliesFirst) multiply(step);
+      if constexpr (kApart) {
+        multiply_apart(step);
+      } else {
+        if constexpr (kMultipliesFirst) wgmma_wait<0>(sums);
+        if constexpr (kWgmma) wgmma_reads();
+        block_sync();
+        if constexpr (kMultipliesFirst) multiply(step);
+      }
       if constexpr (!kResident) copy_weights(step + kEarly);
       if (step + kEarly < steps) {
         if constexpr (!kFirst) copy_input(chunk(step + kEarly), step + kEarly);

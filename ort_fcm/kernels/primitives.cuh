@@ -35,6 +35,7 @@ FCM_DEVICE int block_z() { return blockIdx.z; }
 FCM_DEVICE int grid_x() { return gridDim.x; }
 FCM_DEVICE void block_sync() { __syncthreads(); }
 FCM_DEVICE void warp_sync() { __syncwarp(); }
+FCM_DEVICE void warpgroup_sync() { asm volatile("bar.sync %0, 128;" ::"r"(threadIdx.x / 128 + 1) : "memory"); }
 // What is the same in all lanes of a warp, so that the compiler knows.
 FCM_DEVICE int warp_uniform(int x) { return __shfl_sync(~0u, x, 0); }
 

@@ -81,6 +81,7 @@ struct Block {
   char* shared;
   Gate gate;
   std::vector<Warp> warps;
+  std::vector<Gate> warpgroups;
   std::map<char*, Arrivals> arrivals;
 };
 
@@ -164,6 +165,7 @@ inline void run_grid(const Launch& l, unsigned seed, std::function<void()> kerne
         block->gate.expected = l.threads;
         block->warps.resize(l.threads / 32);
         for (Warp& w : block->warps) w.gate.expected = 32;
+        block->warpgroups.assign(l.threads / 128, Gate{128});
         for (int t = 0; t < l.threads; ++t) {
           auto f = std::make_unique<Fiber>();
           f->stack = stacks.get() + kStack * all.size();
@@ -177,10 +179,14 @@ inline void run_grid(const Launch& l, unsigned seed, std::function<void()> kerne
         }
         machine.blocks.push_back(std::move(block));
       }
+      int late = 0,
+          rounds = 0;  // a warp that does not run for some rounds, so that others get as far ahead as they can
       while (!live.empty()) {
         const long before = machine.progress;
         for (std::size_t i = live.size() - 1; i > 0; --i) std::swap(live[i], live[random() % (i + 1)]);
+        if (--rounds < 0) late = live[0]->thread / 32, rounds = (int)(random() % 200);
         for (Fiber* f : live) {
+          if (rounds > 0 && f->thread / 32 == late) continue;
           machine.current = f;
 #if defined(__SANITIZE_ADDRESS__)
           __sanitizer_start_switch_fiber(&machine.fake_stack, f->stack, kStack);
@@ -194,7 +200,9 @@ inline void run_grid(const Launch& l, unsigned seed, std::function<void()> kerne
         for (Fiber* f : live)
           if (!f->done) still.push_back(f);
         live.swap(still);
-        if (machine.progress == before) {
+        if (machine.progress == before && rounds > 0) {
+          rounds = 0;
+        } else if (machine.progress == before) {
           std::fprintf(stderr, "threads wait for one another for ever\n");
           std::abort();
         }
@@ -226,6 +234,7 @@ FCM_DEVICE void let_next_kernel_start() {}
 FCM_DEVICE void wait_for_earlier_kernels() {}
 FCM_DEVICE void block_sync() { cpu::pass(cpu::self().block->gate); }
 FCM_DEVICE void warp_sync() { cpu::pass(cpu::warp().gate); }
+FCM_DEVICE void warpgroup_sync() { cpu::pass(cpu::self().block->warpgroups.at(cpu::self().thread / 128)); }
 FCM_DEVICE int warp_uniform(int x) { return x; }
 FCM_DEVICE char* shared_memory() { return cpu::self().block->shared; }
 
@@ -418,7 +427,7 @@ inline void multiply(const cpu::Product& q) {
       q.d[i] += a * at(q.b, i / 4 * 8 + cpu::lane() % 4 * 2 + i % 2, k, q.stride);
     }
 }
-// As on the GPU, sums change no sooner than they are waited for.
+// As on the GPU, sums change no sooner than they are waited for, and a warp waits as one.
 template <int PENDING>
 FCM_DEVICE void wgmma_wait_for_operands() {
   auto& products = cpu::self().products;
@@ -426,6 +435,7 @@ FCM_DEVICE void wgmma_wait_for_operands() {
     for (const cpu::Product& q : products.front()) multiply(q);
     products.erase(products.begin());
   }
+  cpu::pass(cpu::warp().gate);
 }
 template <int PENDING, class Sums>
 FCM_DEVICE void wgmma_wait(Sums&) {

@@ -239,6 +239,14 @@ constexpr bool from_registers(const Spec& s) {
   return s.tile.wgmma && streams_input(s) && (s.type == Type::tf32 || s.scaled);
 }
 
+// Whether warpgroups need no barrier of all in a step: each multiplies what it has copied itself, with weights that
+// stay. One that reads pixels from shared memory takes two barriers of its own instead, which alone would be the
+// slower.
+constexpr bool warpgroups_apart(const Spec& s) {
+  return s.tile.wgmma && streams_input(s) && s.tile.resident && s.tile.warps_n == 1 &&
+         (from_registers(s) || s.tile.warps_m > 4);
+}
+
 // ---- Shared memory, in bytes
 
 constexpr int kFragment = 512;  // 32 lanes x 16 bytes: one operand row block of a group

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ACTIVATIONS = (
     "none relu clip hardswish silu hardsigmoid sigmoid gelu gelu_tanh leakyrelu prelu tanh".split()
@@ -211,8 +211,20 @@ def cases(seed: int, random_cases: int) -> list[Case]:
         wanted = {tuple(option.split("=")) for option in options}
         drawn.append(next(case for case in flagged if wanted <= set(case.fields)))
     drawn += [warpgroups(rng, chain, "tf32") for chain in WARPGROUP_CHAINS]
+    drawn += [_apart(rng, type_) for type_ in ("float16", "tf32")]
     drawn += [_fewer_images(rng, chain) for chain in ("mean-pw", "mean-pw-pw") * 2]
     return drawn + [draw(rng, rng.choice(CHAINS), rng.choice(TYPES)) for _ in range(random_cases)]
+
+
+def _apart(rng: random.Random, type_: str) -> Case:
+    """A lone pointwise of several steps, whose warpgroups have nothing to wait for but their own copies."""
+    wanted = {"tile.resident": "1", "tile.warps_m": "8", "tile.warps_n": "1", "input_nchw": "false"}
+    while wanted.items() - dict((case := warpgroups(rng, "pw", type_)).fields).items():
+        pass
+    group = 32 if type_ == "float16" else 16
+    channels = {"c_in": str(5 * group - 8), "c_mid": str(5 * group - 8), "tile.chunk": str(group)}
+    fields = tuple((dict(case.fields) | channels).items())
+    return replace(case, fields=fields, height=case.height + 12, width=case.width + 12)
 
 
 def _fewer_images(rng: random.Random, chain: str) -> Case:
