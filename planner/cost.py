@@ -40,7 +40,8 @@ class Priors:
     fragment_clocks: float = 13.12  # the same, of loading a fragment of `first` that goes to shared memory
     step_clocks: float = 164.9  # of a chunk step: its barrier, and the copies' latency that is not hidden
     warp_clocks: float = 138.0  # the same, for each warp of the thread block: the slowest keeps all waiting
-    stream_warp_clocks: float = 37.26  # the same, of a lone dense stage
+    stream_warp_clocks: float = 43.79  # of a step of a lone dense stage, for each warp
+    wait_clocks: float = 402.2  # of waiting for memory, with nothing of this thread block on its way
     wgmma_block_clocks: float = 280.6  # of a thread block with wgmma, once
     fill_bytes: float = 165.8  # a clock, of the copies of a thread block's first step, which nothing hides
     first_block_clocks: float = 1044.0  # of one whose depthwise waits for `first`, once
@@ -49,11 +50,11 @@ class Priors:
     dispatch_clocks: float = 398.2  # in which an SM starts a thread block
     wgmma_wait_clocks: float = 162.7  # of a product of 64 pixels beside a depthwise, which nothing hides
     uneven_blocks: float = 0.55  # thread blocks that the busiest SM has more, for each of two it has room for
-    strip_load_instructions: float = 1.711  # a lone depthwise's, of a pixel of X or Y: address, border, load or store
-    strip_row_instructions: float = 10.75  # the same, of a row of X
-    strip_wait_clocks: float = 127.6  # of waiting for rows of X in a lone depthwise
-    strip_dispatch_clocks: float = 348.9  # dispatch_clocks of a lone depthwise
-    strip_narrow_share: float = 0.1747  # of device memory's time for each 128 bytes that are asked for in parts
+    strip_load_instructions: float = 1.229  # a lone depthwise's, of a pixel of X or Y: address, border, load or store
+    strip_row_instructions: float = 14.03  # the same, of a row of X
+    strip_wait_clocks: float = 65.78  # of waiting for rows of X in a lone depthwise
+    strip_dispatch_clocks: float = 357.7  # dispatch_clocks of a lone depthwise
+    strip_narrow_share: float = 0.2051  # of device memory's time for each 128 bytes that are asked for in parts
     launch_us: float = 1.2  # of a kernel in a captured graph
     module_us: float = 0.4  # more in a network: of a kernel that follows another one, not itself
     base_registers: int = 53  # addresses, counters, pipeline state
@@ -76,7 +77,7 @@ PRIORS = Priors()
 FITTED = (
     "overlap", "l2_share", "copy_instructions", "place_instructions", "gather_instructions", "staged_instructions",
     "store_instructions", "sum_instructions", "factor_instructions", "clocks_per_instruction", "product_clocks",
-    "wgmma_clocks", "fragment_clocks", "step_clocks", "fill_bytes", "warp_clocks", "stream_warp_clocks",
+    "wgmma_clocks", "fragment_clocks", "step_clocks", "fill_bytes", "warp_clocks", "stream_warp_clocks", "wait_clocks",
     "wgmma_block_clocks", "first_block_clocks", "split_clocks", "turn_share", "dispatch_clocks", "wgmma_wait_clocks",
     "uneven_blocks", "strip_load_instructions", "strip_row_instructions", "strip_wait_clocks",
     "strip_dispatch_clocks", "strip_narrow_share",
@@ -498,6 +499,11 @@ def _from_registers(seg: Segment, tile: Tile) -> bool:
     return tile.wgmma == 1 and seg.streams and (seg.element == 4 or seg.scaled)
 
 
+def _stages(seg: Segment, tile: Tile) -> int:
+    """Buffers of what a chunk step replaces."""
+    return 3 if seg.streams and tile.wgmma and not tile.resident else 2
+
+
 def shared_bytes(seg: Segment, tile: Tile) -> int:
     """Shared memory of a thread block."""
     if seg.gate:
@@ -535,7 +541,7 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
     reduction = units * (seg.group // 8) * fragment if t.split > 1 else 0
     if seg.takes_moments and t.split > 1:
         reduction += t.split * t.warps_m * t.patch_h * 128
-    stages = 3 if seg.streams and t.wgmma and not t.resident else 2  # of what a chunk step replaces
+    stages = _stages(seg, t)
     working = once + stages * planes + (_steps(seg, t) if t.resident else stages) * weights
     arrivals = 32
     # Tiles that follow need the working buffers.
@@ -664,6 +670,13 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
     return base + sums + held + phase + kept
 
 
+def _stores_singly(seg: Segment, tile: Tile) -> bool:
+    """Whether a lone dense stage stores one group of channels after another, each with its biases."""
+    return seg.pool or (
+        tile.wgmma == 1 and tile.warps_m > 8 and not seg.residual and block_n(seg, tile) < seg.padded_out
+    )
+
+
 def _stream_registers(seg: Segment, tile: Tile) -> int:
     """The same of a lone stage with `wgmma`: a loop of little but products, or the end, whichever is hungrier."""
     rows, groups, channels = tile.patch_h, _warp_groups_n(seg, tile), block_n(seg, tile)
@@ -680,7 +693,7 @@ def _stream_registers(seg: Segment, tile: Tile) -> int:
     bias, residual = seg.group // 4, 8 if seg.residual else 0  # of a group of channels and two pixels
     if tile.split > 1:  # for all groups that a warp stores, before it has them
         end = ceil_div(rows * groups, tile.split) * (bias + residual * 3 // 2)
-    elif seg.pool or (tile.warps_m > 8 and not seg.residual and channels < seg.padded_out):  # one by one
+    elif _stores_singly(seg, tile):
         end = bias + residual
     elif not seg.residual and (channels == seg.padded_out or seg.padded_out % channels):
         # Addresses that are constants, or a last block with fewer, hoist all biases.
@@ -795,11 +808,21 @@ class Work(NamedTuple):
     end_values: float  # its plain instructions on them
     sums: float  # registers of partial sums that it sends, once a tile
     recompute: float
+    waits: float  # of lone stages: times that a thread block (a warp of a strip) waits for memory, once a tile
+    late: int = 0  # times that it waits for biases or a residual before it stores, once a tile
     waited: float = 0.0  # a step's products of 64 pixels, beside a depthwise: a warp waits for each
-    waits: float = 0.0  # of a strip: times that it waits for X, once a tile
     rows: int = 0  # of a strip: rows of X of a patch
     words: int = 1  # of a strip: words of channels of a thread
     narrow: float = 0.0  # of a strip: bytes of lines that accesses touch over those that they want, less 1
+
+
+def _late(seg: Segment, tile: Tile) -> int:
+    """Times that a warp of a lone dense stage waits before it stores: biases of single groups of channels (else all are
+    there), or residuals of four."""
+    if not seg.streams or tile.split > 1:
+        return 0
+    groups = _warp_groups_n(seg, tile)
+    return tile.patch_h * (groups if _stores_singly(seg, tile) else ceil_div(groups, 4) if seg.residual else 0)
 
 
 def work(seg: Segment, tile: Tile, sms: int) -> Work:
@@ -956,7 +979,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, again, products,
         operands, values, loads, stores, factors, copied / 512 / warps, copied_weights / 512 / warps, tiles, places,
         fragments, adding, waiting, ends, end_values, accumulators(seg, t) * (1 - 1 / t.split),
-        max(1.0, done / seg.multiply_adds), waited,
+        max(1.0, done / seg.multiply_adds), steps / (_stages(seg, t) - 1) if seg.streams else 0.0,
+        _late(seg, t), waited,
     )  # fmt: skip
 
 
@@ -999,6 +1023,11 @@ def _strip_work(seg: Segment, tile: Tile, sms: int) -> Work:
 STRIP_SERVED = 0.5  # of what strips ask L2 for that it sends: SMs of a group ask for the pixels of neighbours together
 
 
+def _idle_us(w: Work, gpu: Gpu, blocks: int, others: int, priors: Priors) -> float:
+    """Microseconds in which an SM asks memory for nothing, since all who do wait: `others` (with it) fill the gaps."""
+    return ceil_div(w.busy, blocks) * w.turns * w.waits * priors.wait_clocks / others / gpu.clock_mhz
+
+
 def _strip_times(
     seg: Segment, w: Work, gpu: Gpu, blocks: int, busiest: float, priors: Priors
 ) -> dict[str, float]:  # fmt: skip
@@ -1009,8 +1038,9 @@ def _strip_times(
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)
     wavefronts = w.turns * (w.loads + w.stores) * w.words + w.weight_copies * w.words
     dram_us, l2_us = memory_us(gpu, w.dram, STRIP_SERVED * w.moved, priors)
+    idle = _idle_us(w, gpu, blocks, min(blocks, w.busy) * w.warps, priors)
     return {
-        "memory": max(dram_us * (1 + priors.strip_narrow_share * w.narrow), l2_us),
+        "memory": max(dram_us * (1 + priors.strip_narrow_share * w.narrow), l2_us) + idle,
         "instructions": busiest * issuing * (w.turns * patch + 2 * w.weight_copies) / 4 / gpu.clock_mhz,
         "l1": busiest * w.warps * wavefronts / gpu.clock_mhz,
         "latency": rounds * w.turns * clocks / gpu.clock_mhz,
@@ -1044,10 +1074,11 @@ def times(
     tile += priors.store_instructions * w.ends + w.end_values + priors.sum_instructions * w.sums
     multiplying = 0.1 if w.operands else 1 if on_tensor else 33
     issued = w.turns * (tile + w.steps * w.products * multiplying)
-    step = priors.step_clocks + (priors.stream_warp_clocks if seg.streams else priors.warp_clocks) * w.warps
+    step = priors.stream_warp_clocks * w.warps if seg.streams else priors.step_clocks + priors.warp_clocks * w.warps
     step += w.products * (priors.wgmma_clocks if w.operands else priors.product_clocks)
     step += priors.wgmma_wait_clocks * w.waited
     turn = w.waiting + w.steps * step + priors.clocks_per_instruction * tile + priors.fragment_clocks * w.fragments
+    turn += w.late * priors.wait_clocks
     if w.split > 1:
         turn += priors.split_clocks
     following = (w.turns - 1) * (1 if seg.streams else priors.turn_share)
@@ -1058,11 +1089,16 @@ def times(
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps
     macs = 2048 if seg.element == 2 else 1024
     vectors = w.turns * (w.loads + w.stores + w.copies + w.operands) + w.weight_copies
+    memory = max(memory_us(gpu, dram_bytes(seg, w, gpu), w.moved, priors))
+    tensor = w.warps * w.steps * w.products * max(busiest * w.turns / per_clock / mhz, w.pieces * macs / per_us)
+    shared = busiest * w.warps * w.steps * 4 * vectors / mhz  # 4 wavefronts a vector
+    if seg.streams and w.operands:  # tensor cores read while they multiply
+        tensor, shared = max(tensor, shared), 0.0
     return {
-        "memory": max(memory_us(gpu, dram_bytes(seg, w, gpu), w.moved, priors)),
-        "tensor": w.warps * w.steps * w.products * max(busiest * w.turns / per_clock / mhz, w.pieces * macs / per_us),
+        "memory": memory + _idle_us(w, gpu, blocks, min(blocks, w.busy), priors),
+        "tensor": tensor,
         "instructions": busiest * issuing * issued / 4 / mhz,  # an SM issues 4 a clock
-        "shared": busiest * w.warps * w.steps * 4 * vectors / mhz,  # 4 wavefronts a vector
+        "shared": shared,
         "latency": rounds * latency / mhz,
         "dispatch": w.busy * priors.dispatch_clocks / mhz,
     }
