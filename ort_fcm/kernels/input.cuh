@@ -162,7 +162,7 @@ struct Input {
     FCM_DEVICE static int offset(int image, int y, int x) {
       return ((image * S.c_in * kRows + y * W.stride_h) * kPitch + x * W.stride_w) * L::kElement;
     }
-    // As load_group of the pixel at `offset`.
+    // As load_group of the pixel at `offset`, but as it is.
     FCM_DEVICE Vec load(int offset, int kg) const {
       Vec v{};
       FCM_UNROLL
@@ -177,7 +177,7 @@ struct Input {
           v.r[i] = *(const u32*)(from + offset + taps[kg][i]);
         }
       }
-      return L::operand(v);
+      return v;
     }
   };
 

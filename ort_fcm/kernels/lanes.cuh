@@ -55,7 +55,7 @@ struct Lanes {
     }
   }
   FCM_DEVICE static void split(u32 x, u32& high, u32& low) {
-    high = round_tf32(bits_float(x));
+    high = round_tf32(bits_float(x)) & ~0x1fffu;  // what products read of it
     low = round_tf32(bits_float(x) - bits_float(high));
   }
 

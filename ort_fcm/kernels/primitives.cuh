@@ -357,8 +357,13 @@ FCM_DEVICE void mma_tf32(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32
 #endif
 }
 
+// To the nearest TF32; what lies in the low 13 bits, no product reads. Ties go to even where that is one instruction.
 FCM_DEVICE u32 round_tf32(float x) {
-#if __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 900
+  u32 d;
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(d) : "f"(x));
+  return d;
+#elif __CUDA_ARCH__ >= 800
   u32 d;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(d) : "f"(x));
   return d;
