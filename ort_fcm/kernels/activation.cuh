@@ -26,6 +26,7 @@ FCM_DEVICE float activate(Act act, float x, float slope) {
     case Activation::relu:
       return maximum(x, 0.f);
     case Activation::clip:
+      if (act.alpha == 0 && act.beta >= 0) return clip_to(act.beta, x);
       return minimum(maximum(x, act.alpha), act.beta);
     case Activation::hardswish:
       return x * minimum(maximum(x * (1.f / 6) + 0.5f, 0.f), 1.f);

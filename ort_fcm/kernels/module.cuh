@@ -385,13 +385,16 @@ struct Module {
   }
 
   // What of X a tile of `first` multiplies.
+  static constexpr bool kRounds = S.type == Type::tf32;
   FCM_DEVICE void settle(int i, int kg, const Vec& v0, const Vec& v1) {
     const typename L::Operand a = kKeepsInputs ? L::operands(L::operand(v0), L::operand(v1)) : L::operands(v0, v1);
     FCM_UNROLL
     for (int s = 0; s < 2; ++s) {
       if constexpr (kFirstRegisters) {
         FCM_UNROLL
-        for (int r = 0; r < 4; ++r) first_input[i][kg].step[s].r[r] = pinned(a.step[s].r[r], zero());
+        for (int r = 0; r < 4; ++r) {  // what has been rounded is in registers of its own
+          first_input[i][kg].step[s].r[r] = kRounds ? a.step[s].r[r] : pinned(a.step[s].r[r], zero());
+        }
       } else {
         *(Vec*)(shared + first_offset(i, kg, s)) = a.step[s];
       }

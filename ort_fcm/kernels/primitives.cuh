@@ -513,6 +513,17 @@ FCM_DEVICE float tanh(float x) { return ::tanhf(x); }
 FCM_DEVICE float erf(float x) { return ::erff(x); }
 FCM_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 FCM_DEVICE float minimum(float a, float b) { return fminf(a, b); }
+// min(max(x, 0), top), where top >= 0. Order among floats that are not negative is that of their bits, and what is
+// negative is so as an integer too.
+FCM_DEVICE float clip_to(float top, float x) {
+#if __CUDA_ARCH__ >= 900
+  u32 d;
+  asm("min.relu.s32 %0, %1, %2;" : "=r"(d) : "r"(float_bits(x)), "r"(float_bits(top)));
+  return bits_float(d);
+#else
+  return fminf(fmaxf(x, 0.f), top);
+#endif
+}
 
 }  // namespace fcm
 

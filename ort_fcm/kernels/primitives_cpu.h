@@ -368,6 +368,7 @@ FCM_DEVICE u32 half2_fma_relu(u32 a, u32 b, u32 c) {
 }
 FCM_DEVICE float maximum(float a, float b) { return std::fmax(a, b); }
 FCM_DEVICE float minimum(float a, float b) { return std::fmin(a, b); }
+FCM_DEVICE float clip_to(float top, float x) { return minimum(maximum(x, 0.f), top); }
 FCM_DEVICE u32 half2_max(u32 a, u32 b) {
   return half2_pack(maximum(half2_low(a), half2_low(b)), maximum(half2_high(a), half2_high(b)));
 }
