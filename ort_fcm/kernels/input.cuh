@@ -101,19 +101,45 @@ struct Input {
     FCM_DEVICE static int left(int x) { return x * W.stride_w - W.pad_left - first_lead(S); }
     FCM_DEVICE static int lead(int x) { return left(x) & (kVector - 1); }
 
+    // Of the i-th of lane `column`'s share of a group; a lane that has none reads what the lane before it does. `fixed`:
+    // whether it is as far from the first in all lanes.
+    struct Taps {
+      int at[kGroups][L::kLane][4];
+      bool fixed[kGroups][L::kLane];
+    };
+    static constexpr Taps find_taps() {
+      Taps taps{};
+      for (int kg = 0; kg < kGroups; ++kg)
+        for (int i = 0; i < share(kg); ++i) {
+          taps.fixed[kg][i] = true;
+          for (int column = 0, at = 0; column < 4; ++column) {
+            const int tap = first_tap(S, kg * L::kGroup + column * share(kg) + i);
+            const int c = tap / kTaps, ky = tap % kTaps / kTapColumns, kx = tap % kTapColumns;
+            if (tap >= 0 && tap < first_depth(S))
+              at = ((c * kRows + ky * W.dilation_h) * kPitch + kx * W.dilation_w) * L::kElement;
+            taps.at[kg][i][column] = at;
+            taps.fixed[kg][i] &= at - taps.at[0][0][column] == taps.at[kg][i][0] - taps.at[0][0][0];
+          }
+        }
+      return taps;
+    }
     FCM_DEVICE Staged(const char* staged, int halo_x) : from(staged + lead(halo_x) * L::kElement) {
       if constexpr (stages_input(S)) {
+        constexpr Taps all = find_taps();
         FCM_UNROLL
         for (int kg = 0; kg < kGroups; ++kg) {
           FCM_UNROLL
           for (int i = 0; i < L::kLane; ++i) {
-            const int k = kg * L::kGroup + L::column() * share(kg) + i;
-            const int c = k / kTaps, ky = k % kTaps / kTapColumns, kx = k % kTapColumns;
-            const int tap = (c * kRows + ky * W.dilation_h) * kPitch + kx * W.dilation_w;
-            taps[kg][i] = k < first_depth(S) ? tap * L::kElement : 0;
+            const int(&at)[4] = all.at[kg][i];
+            const int even = L::column() & 2 ? at[2] : at[0], odd = L::column() & 2 ? at[3] : at[1];
+            taps[kg][i] = L::column() & 1 ? odd : even;
           }
         }
       }
+    }
+    FCM_DEVICE int tap(int kg, int i) const {
+      constexpr Taps all = find_taps();
+      return all.fixed[kg][i] ? taps[0][0] + (all.at[kg][i][0] - all.at[0][0][0]) : taps[kg][i];
     }
     static constexpr int share(int kg) { return kSteps % 2 && kg == kSteps / 2 ? L::kLane / 2 : L::kLane; }
 
@@ -169,12 +195,12 @@ struct Input {
       for (int i = 0; i < L::kLane; ++i) {
         if (i >= share(kg)) continue;
         if constexpr (kPairs) {
-          if (i % 2 == 0) v.r[i / 2] = *(const u32*)(from + offset + taps[kg][i]);
+          if (i % 2 == 0) v.r[i / 2] = *(const u32*)(from + offset + tap(kg, i));
         } else if constexpr (L::kHalf) {
-          const u32 e = *(const unsigned short*)(from + offset + taps[kg][i]);
+          const u32 e = *(const unsigned short*)(from + offset + tap(kg, i));
           v.r[i / 2] |= i % 2 ? e << 16 : e;
         } else {
-          v.r[i] = *(const u32*)(from + offset + taps[kg][i]);
+          v.r[i] = *(const u32*)(from + offset + tap(kg, i));
         }
       }
       return v;

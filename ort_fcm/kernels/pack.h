@@ -72,7 +72,7 @@ inline void pack_first(const Spec& s, const float* w, void* out) {
   const int g = group(s.type), lane = lane_channels(s.type), steps = first_steps(s);
   const int depth = dense_depth(s.first, window, s.c_in), columns = first_columns(s);
   const auto place = [&](int k) {
-    if (!reads_pairs(s)) return k;
+    if (!reads_pairs(s)) return first_tap(s, k);
     const int column = k % columns - first_lead(s);
     return column >= 0 && column < window.kernel_w ? k / columns * window.kernel_w + column : -1;
   };

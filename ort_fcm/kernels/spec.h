@@ -162,6 +162,19 @@ constexpr int first_depth(const Spec& s) {
                          : dense_depth(s.first, s.first_window, s.c_in);
 }
 constexpr int first_steps(const Spec& s) { return ceil_div(first_depth(s), half_group(s)); }
+// Which of its taps, [c_in, kernel_h, first_columns], the k-th product of `first` has; beyond them or negative: none.
+// Four lanes share a pixel's. Where single taps are read, three of them have the columns of one row of the filter after
+// another, which lie on different banks and at the same distances for all; the fourth has the rows that are left.
+constexpr int first_tap(const Spec& s, int k) {
+  if (!stages_input(s) || s.type == Type::float16 || s.first_window.kernel_w != 3) return k;
+  const int steps = first_steps(s), in_group = k % group(s.type), slots = 2 * steps;
+  const int share = lane_channels(s.type) / (k / group(s.type) == steps / 2 ? 2 : 1);
+  const int lane = in_group / share, slot = k / group(s.type) * lane_channels(s.type) + in_group % share;
+  const int rows = s.c_in * s.first_window.kernel_h;
+  if (lane < 3) return slot < rows ? slot * 3 + lane : -1;
+  const int left = 3 * max(0, rows - slots), i = slot - (slots - left);
+  return i < 0 ? -1 : slots * 3 + i;
+}
 // The depth of `project` (its reduction), and the middle channels of a module without one.
 constexpr int middle_channels(const Spec& s) {
   return s.project == Dense::convolution ? dense_depth(s.project, s.project_window, s.c_in) : s.c_mid;
