@@ -1215,11 +1215,11 @@ struct Module {
       if constexpr (kAhead > 0) wait_for_weights(0);
       block_sync();
     }
-    if constexpr (stages_input(S)) load_first_input(place);
     const int last = kResident ? first_tile_of(block_x() + 1) - 1 : 0;
     for (int tile = kResident ? first_tile_of(block_x()) : 0;; ++tile) {
       const bool more = kResident && tile < last;
       const T next = more ? place.next(p, tile + 1) : place;
+      if constexpr (stages_input(S)) load_first_input(place);
       walk(next, more);
       if (!more) break;
       phase += steps;
@@ -1237,7 +1237,6 @@ struct Module {
       if constexpr (S.mean) block_sync();  // this tile's means are still read
       if constexpr (stages_input(S)) {
         if (!next.same_clip(place)) find_first_input(next);
-        load_first_input(next);
       } else if constexpr (!kFetchesAhead) {
         fetch_input(next, 0);
       }
