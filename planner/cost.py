@@ -512,7 +512,7 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
         return 0
     t, groups, warps = tile, tile.chunk // seg.group, tile.warps_m * tile.warps_n
     fragment = FRAGMENT
-    once = planes = 0
+    once = halo = exchange = 0
     weights = groups * seg.group_bytes
     if seg.depthwise and seg.passes:
         weights -= groups * (seg.depthwise.taps * 64 + seg.vector_bytes(seg.depthwise))
@@ -530,19 +530,21 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
         if _remembers_places(seg, t):
             once += warps * _first_tiles(seg, t) * 64
         if not seg.passes:
-            planes += groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
+            halo = groups * (t.images * spatial.halo_rows * round_up(spatial.halo_columns, 2) * 64 + 128)
     if seg.mean:
         once = _steps(seg, t) * groups * round_up(t.images, 8) * 64 + gate.parts_bytes(seg, t)
     if seg.project:
         weights += groups * (block_n(seg, t) // 8) * fragment
         if _exchanges(seg, t):
-            planes += t.warps_m * groups * t.patch_h * 2 * fragment
+            exchange = t.warps_m * groups * t.patch_h * 2 * fragment
     units = round_up(warps * t.patch_h * _warp_groups_n(seg, t), t.split)
     reduction = units * (seg.group // 8) * fragment if t.split > 1 else 0
     if seg.takes_moments and t.split > 1:
         reduction += t.split * t.warps_m * t.patch_h * 128
-    stages = _stages(seg, t)
-    working = once + stages * planes + (_steps(seg, t) if t.resident else stages) * weights
+    stages, steps = _stages(seg, t), _steps(seg, t)  # of what a chunk step replaces
+    buffers = stages if t.resident else min(stages, steps)
+    halos = 1 if steps == 1 and seg.first and seg.first.kind == "conv" else min(2, buffers)
+    working = once + halos * halo + buffers * exchange + (steps if t.resident else buffers) * weights
     arrivals = 32
     # Tiles that follow need the working buffers.
     return arrivals + (working + reduction if t.resident else max(working, reduction))

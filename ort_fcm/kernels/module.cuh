@@ -55,13 +55,13 @@ struct Module {
 
   // Shared memory: what a warpgroup multiplies comes first, since it must start at a multiple of kFragment.
   static constexpr int kExchangeAt = 0;  // one a stage
-  static constexpr int kMeansAt = kExchangeAt + kStages * exchange_bytes(S);
+  static constexpr int kMeansAt = kExchangeAt + buffers(S) * exchange_bytes(S);
   static constexpr int kPartsAt = kMeansAt + (S.mean ? means_bytes(S) : 0);
   static constexpr int kProjectAt = kPartsAt + (S.mean ? mean_parts_bytes(S) : 0);
   static constexpr int kInputAt = kProjectAt + weight_buffers(S) * project_chunk_bytes(S);
   static constexpr int kFirstAt = kInputAt + first_input_bytes(S);
-  static constexpr int kHaloAt = kFirstAt + weight_buffers(S) * first_chunk_bytes(S);  // two
-  static constexpr int kStagedAt = kHaloAt + 2 * halo_bytes(S);
+  static constexpr int kHaloAt = kFirstAt + weight_buffers(S) * first_chunk_bytes(S);
+  static constexpr int kStagedAt = kHaloAt + halo_buffers(S) * halo_bytes(S);
   static constexpr int kPlacesAt = kStagedAt + staged_bytes(S);
   static constexpr int kDepthwiseAt = kPlacesAt + places_bytes(S);
   static constexpr int kArrivalsAt = arrivals_at(S);
@@ -133,7 +133,9 @@ struct Module {
     if constexpr (kWgmma || packed_groups(S) == middle_groups(S)) return kChunkGroups;
     return min(kChunkGroups, middle_groups(S) - chunk * kChunkGroups);
   }
-  FCM_DEVICE char* halo_buffer(int step) const { return shared + kHaloAt + ((phase + step) & 1) * halo_bytes(S); }
+  FCM_DEVICE char* halo_buffer(int step) const {
+    return shared + kHaloAt + (halo_buffers(S) == 2 ? (phase + step) & 1 : 0) * halo_bytes(S);
+  }
   FCM_DEVICE char* exchange_buffer(int step) const {
     return shared + kExchangeAt + stage(phase + step) * exchange_bytes(S);
   }
@@ -478,10 +480,11 @@ struct Module {
   }
 
   // A group's bias, as products start at it, and its weights where they are few and many tiles need them, in registers.
-  static constexpr bool kKeepsWeights = kFirstGroups == 1 && S.depthwise && kFirstTiles > 2;
+  static constexpr bool kKeepsWeights = (kFirstGroups == 1 || (stages_input(S) && kFirstGroups * kBlocks8 <= 4)) &&
+                                        S.depthwise && kFirstTiles > 2;
   struct FirstGroup {
     float bias[kBlocks8][4];
-    Vec weights[kKeepsWeights ? kBlocks8 : 1];
+    Vec weights[kKeepsWeights ? kBlocks8 : 1][kKeepsWeights ? kFirstGroups : 1];
   };
   FCM_DEVICE FirstGroup first_group(const char* buffer, int gi) const {
     FirstGroup kept;
@@ -495,10 +498,17 @@ struct Module {
     }
     if constexpr (kKeepsWeights) {
       FCM_UNROLL
-      for (int j = 0; j < kBlocks8; ++j)
-        kept.weights[j] = L::template weights<kFirstSteps>(buffer + (gi * kBlocks8 + j) * kFirstSteps * 256);
+      for (int j = 0; j < kBlocks8; ++j) {
+        FCM_UNROLL
+        for (int kg = 0; kg < kFirstGroups; ++kg) kept.weights[j][kg] = first_weights(buffer, gi, j, kg);
+      }
     }
     return kept;
+  }
+  static constexpr bool half_first(int kg) { return kFirstSteps % 2 && kg == kFirstSteps / 2; }
+  FCM_DEVICE static Vec first_weights(const char* buffer, int gi, int j, int kg) {
+    const char* product = buffer + ((gi * kBlocks8 + j) * kFirstSteps + kg * 2) * 256;
+    return half_first(kg) ? L::template weights<1>(product) : L::template weights<2>(product);
   }
   // Products of group gi of the chunk in `buffer` for COUNT tiles from tile i on.
   template <int COUNT>
@@ -519,18 +529,13 @@ struct Module {
       for (int m = 0; m < COUNT; ++m) a[m] = first_operand(i + m, kg);
       FCM_UNROLL
       for (int j = 0; j < kBlocks8; ++j) {
-        const char* product = buffer + ((gi * kBlocks8 + j) * kFirstSteps + kg * 2) * 256;
-        if constexpr (kKeepsWeights) {
-          FCM_UNROLL
-          for (int m = 0; m < COUNT; ++m) L::template multiply<kFirstSteps>(c[m][j], a[m], kept.weights[j]);
-        } else if (kFirstSteps % 2 && kg == kFirstSteps / 2) {
-          const Vec b = L::template weights<1>(product);
-          FCM_UNROLL
-          for (int m = 0; m < COUNT; ++m) L::template multiply<1>(c[m][j], a[m], b);
-        } else {
-          const Vec b = L::template weights<2>(product);
-          FCM_UNROLL
-          for (int m = 0; m < COUNT; ++m) L::template multiply<2>(c[m][j], a[m], b);
+        const Vec b = kKeepsWeights ? kept.weights[j][kg] : first_weights(buffer, gi, j, kg);
+        FCM_UNROLL
+        for (int m = 0; m < COUNT; ++m) {
+          if (half_first(kg))
+            L::template multiply<1>(c[m][j], a[m], b);
+          else
+            L::template multiply<2>(c[m][j], a[m], b);
         }
       }
     }
@@ -1108,7 +1113,8 @@ struct Module {
 
   // What lies outside the middle map is zero, and `first` never writes it.
   FCM_DEVICE void clear_halo() {
-    for (int i = thread_index() * 16; i < 2 * halo_bytes(S); i += kThreads * 16) *(Vec*)(shared + kHaloAt + i) = Vec{};
+    for (int i = thread_index() * 16; i < halo_buffers(S) * halo_bytes(S); i += kThreads * 16)
+      *(Vec*)(shared + kHaloAt + i) = Vec{};
   }
 
   // The chunks of a tile. `next`: the tile after it, if there is `more`.

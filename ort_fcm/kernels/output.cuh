@@ -112,9 +112,10 @@ struct Output {
   FCM_DEVICE static void store_words(const u32 (&r)[2], char* to) { *(HalfVec*)to = HalfVec{{r[0], r[1]}}; }
 
   // A group of a depthwise that ends the module.
+  static constexpr bool kWholeGroups = packed_groups(S) * L::kGroup == S.c_out;  // all that are computed are Y's
   FCM_DEVICE static void store_vector(const Params& p, const Place& q, int c, const Vec& v) {
     if constexpr (!S.residual && vectors(L::kLane)) {
-      if (q.valid && c < S.c_out) *(Vec*)((char*)p.y + (q.at + c) * L::kElement) = v;
+      if (q.valid && (kWholeGroups || c < S.c_out)) *(Vec*)((char*)p.y + (q.at + c) * L::kElement) = v;
     } else {
       float x[L::kLane];
       L::unpack(x, v);

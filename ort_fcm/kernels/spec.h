@@ -348,12 +348,17 @@ constexpr int stages(const Spec& s) { return streams_input(s) && s.tile.wgmma &&
 constexpr int mean_rows(const Spec& s) { return round_up(s.tile.images, 8); }
 constexpr int mean_parts_bytes(const Spec& s) { return threads(s) * lane_channels(s.type) * 4; }
 constexpr int means_bytes(const Spec& s) { return block_chunks(s) * chunk_groups(s) * mean_rows(s) * 64; }
-constexpr int weight_buffers(const Spec& s) { return s.tile.resident ? block_chunks(s) : stages(s); }
-// Everything that is written while something else is read has two buffers. The reduction comes after all of it,
-// in its place, unless there are tiles to follow.
+constexpr int weight_buffers(const Spec& s) {
+  return s.tile.resident ? block_chunks(s) : min(stages(s), block_chunks(s));
+}
+// Everything that is written while something else is read has as many buffers, and one where there is a single chunk
+// and no tile to follow; or, of the halo region, where threads meet between tiles anyway.
+constexpr int buffers(const Spec& s) { return s.tile.resident ? stages(s) : min(stages(s), block_chunks(s)); }
+constexpr int halo_buffers(const Spec& s) { return stages_input(s) && block_chunks(s) == 1 ? 1 : min(2, buffers(s)); }
+// The reduction comes after all of it, in its place, unless there are tiles to follow.
 constexpr int working_bytes(const Spec& s) {
   return (s.mean ? means_bytes(s) + mean_parts_bytes(s) : 0) + first_input_bytes(s) + staged_bytes(s) +
-         places_bytes(s) + 2 * halo_bytes(s) + stages(s) * exchange_bytes(s) +
+         places_bytes(s) + halo_buffers(s) * halo_bytes(s) + buffers(s) * exchange_bytes(s) +
          weight_buffers(s) * (first_chunk_bytes(s) + depthwise_chunk_bytes(s) + project_chunk_bytes(s));
 }
 constexpr int reduction_at(const Spec& s) { return s.tile.resident ? working_bytes(s) : 0; }
