@@ -149,9 +149,10 @@ struct Input {
                          kEach = ceil_div(kLines * kVectors, threads(S));
     // Each thread's vectors, as elements of X from image `at.image0` on, or negative.
     FCM_DEVICE static void find(const Params& p, int (&vectors)[kEach], const T& at) {
+      const int thread = anew(thread_index());
       FCM_UNROLL
       for (int e = 0; e < kEach; ++e) {
-        const int i = e * threads(S) + thread_index();
+        const int i = e * threads(S) + thread;
         vectors[e] = element_at(p, at, i / kVectors, i % kVectors * kVector);
       }
     }
@@ -174,7 +175,8 @@ struct Input {
         }
       } else {
         constexpr int kColumns = staged_columns(S);
-        for (int i = thread_index(); i < kLines * kColumns; i += threads(S)) {
+        FCM_ROLL
+        for (int i = anew(thread_index()); i < kLines * kColumns; i += threads(S)) {
           const int line = i / kColumns, at_element = element_at(p, at, line, i % kColumns);
           char* place = to + (line * kPitch + i % kColumns) * L::kElement;
           if constexpr (L::kHalf)

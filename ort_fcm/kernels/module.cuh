@@ -332,12 +332,13 @@ struct Module {
   FCM_DEVICE void find_halo(const T& at) {
     if constexpr (kPlaced) {
       if constexpr (kRemembers) warp_sync();  // what is there is still read
+      const int thread = anew(thread_index());
       FCM_UNROLL
       for (int i = 0; i < kFirstTiles; ++i) {
-        const int tile = kWgmma ? first_row(i) + L::warp() % 4 * 16 : first_tile(i) * 16;
+        const int tile = kWgmma ? first_row(i) + thread / 32 % 4 * 16 : first_tile(i, thread / 32) * 16;
         FCM_UNROLL
         for (int side = 0; side < 2; ++side) {
-          const Pixel q = at.halo_pixel(tile + side * 8 + L::row());
+          const Pixel q = at.halo_pixel(tile + side * 8 + thread % 32 / 4);
           if constexpr (kPasses)
             halo_offsets[i][side] =
                 q.valid ? (int)Out::place(p, q.n - at.image0, q.y - at.halo_y(), q.x - at.halo_x()) : -1;
@@ -466,7 +467,7 @@ struct Module {
   // The i-th tile of this warp, and which groups of it.
   static constexpr int kFirstShares = kFirst ? first_shares(S) : 1,
                        kSharers = kFirstShares > 1 ? first_rows(S) / 16 : warps(S);
-  FCM_DEVICE static int first_tile(int i) { return L::warp() % kSharers + i * kSharers; }
+  FCM_DEVICE static int first_tile(int i, int warp = L::warp()) { return warp % kSharers + i * kSharers; }
   FCM_DEVICE static int first_share() { return kFirstShares > 1 ? L::warp() / kSharers : 0; }
   // Zero, which the compiler cannot know.
   FCM_DEVICE u32 zero() const { return (u32)(p.batch >> 31); }
@@ -1113,7 +1114,7 @@ struct Module {
 
   // What lies outside the middle map is zero, and `first` never writes it.
   FCM_DEVICE void clear_halo() {
-    for (int i = thread_index() * 16; i < halo_buffers(S) * halo_bytes(S); i += kThreads * 16)
+    for (int i = anew(thread_index()) * 16; i < halo_buffers(S) * halo_bytes(S); i += kThreads * 16)
       *(Vec*)(shared + kHaloAt + i) = Vec{};
   }
 

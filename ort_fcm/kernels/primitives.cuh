@@ -61,6 +61,13 @@ FCM_DEVICE char* shared_memory() {
 // the registers of an operand must be neighbours. `zero` must be, but not be known to be.
 FCM_DEVICE u32 pinned(u32 x, u32 zero) { return x ^ zero; }
 
+// `x`, of which the compiler does not know that it is the same as before: what is computed from it within a loop, and
+// seldom, is not held in registers around it.
+FCM_DEVICE int anew(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 FCM_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
 FCM_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
 

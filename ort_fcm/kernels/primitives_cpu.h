@@ -253,6 +253,7 @@ FCM_DEVICE void load_if(u32 (&r)[WORDS], const void* from, bool valid) {
 // `x`, in a register that is its own: ptxas would copy an operand of several products in front of each of them, since
 // the registers of an operand must be neighbours. `zero` must be, but not be known to be.
 FCM_DEVICE u32 pinned(u32 x, u32 zero) { return x ^ zero; }
+FCM_DEVICE int anew(int x) { return x; }
 
 FCM_DEVICE float bits_float(u32 x) {
   float f;
