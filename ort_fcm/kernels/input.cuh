@@ -101,8 +101,8 @@ struct Input {
     FCM_DEVICE static int left(int x) { return x * W.stride_w - W.pad_left - first_lead(S); }
     FCM_DEVICE static int lead(int x) { return left(x) & (kVector - 1); }
 
-    // Of the i-th of lane `column`'s share of a group; a lane that has none reads what the lane before it does. `fixed`:
-    // whether it is as far from the first in all lanes.
+    // Of the i-th of lane `column`'s share of a group; a lane that has none reads what the lane before it does.
+    // `fixed`: whether it is as far from the first in all lanes.
     struct Taps {
       int at[kGroups][L::kLane][4];
       bool fixed[kGroups][L::kLane];
@@ -130,7 +130,7 @@ struct Input {
         for (int kg = 0; kg < kGroups; ++kg) {
           FCM_UNROLL
           for (int i = 0; i < L::kLane; ++i) {
-            const int(&at)[4] = all.at[kg][i];
+            const int (&at)[4] = all.at[kg][i];
             const int even = L::column() & 2 ? at[2] : at[0], odd = L::column() & 2 ? at[3] : at[1];
             taps[kg][i] = L::column() & 1 ? odd : even;
           }
@@ -171,7 +171,7 @@ struct Input {
           const int i = e * threads(S) + thread_index(), line = i / kVectors;
           if ((e + 1) * threads(S) > kLines * kVectors && line >= kLines) break;
           copy_async(to + (line * kPitch + i % kVectors * kVector) * L::kElement,
-                     vectors[e] >= 0 ? from + (long long)vectors[e] * L::kElement : (const char*)p.x, vectors[e] >= 0);
+                     from + (long long)max(vectors[e], 0) * L::kElement, vectors[e] >= 0);
         }
       } else {
         constexpr int kColumns = staged_columns(S);

@@ -481,8 +481,8 @@ struct Module {
   }
 
   // A group's bias, as products start at it, and its weights where they are few and many tiles need them, in registers.
-  static constexpr bool kKeepsWeights = (kFirstGroups == 1 || (stages_input(S) && kFirstGroups * kBlocks8 <= 4)) &&
-                                        S.depthwise && kFirstTiles > 2;
+  static constexpr bool kKeepsWeights =
+      (kFirstGroups == 1 || (stages_input(S) && kFirstGroups * kBlocks8 <= 4)) && S.depthwise && kFirstTiles > 2;
   struct FirstGroup {
     float bias[kBlocks8][4];
     Vec weights[kKeepsWeights ? kBlocks8 : 1][kKeepsWeights ? kFirstGroups : 1];
@@ -1225,10 +1225,11 @@ struct Module {
     const int last = kResident ? first_tile_of(block_x() + 1) - 1 : 0;
     for (int tile = kResident ? first_tile_of(block_x()) : 0;; ++tile) {
       const bool more = kResident && tile < last;
-      const T next = more ? place.next(p, tile + 1) : place;
+      T next = more ? place.next(p, tile + 1) : place;
       if constexpr (stages_input(S)) load_first_input(place);
       walk(next, more);
       if (!more) break;
+      if constexpr (stages_input(S)) next = place.next(p, anew(tile + 1));  // in fewer registers than it keeps
       phase += steps;
       if constexpr (kPlaced) {
         const bool clear = !kPasses && next.crosses_border() && !next.same_clip(place);

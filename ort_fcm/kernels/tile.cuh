@@ -22,7 +22,6 @@ struct TilePlace {
   int image0, y0, x0;            // of the output tile
   int top, left, rows, columns;  // the part of the halo region that lies on the middle map, and its place in it
   int images;                    // images present
-  float per_column, per_area;    // 1 / columns, 1 / (rows * columns)
   long long pixel0;              // without a depthwise: the first of the flattened pixels
   int in_image;                  // for sums of Y: its place in its image, image0
   float row_scale;               // for sums of Y: what a row of them is multiplied by
@@ -37,30 +36,17 @@ struct TilePlace {
   }
 
   FCM_DEVICE TilePlace(const Params& p, int tile)
-      : image0(0),
-        y0(0),
-        x0(0),
-        top(0),
-        left(0),
-        rows(0),
-        columns(0),
-        images(0),
-        per_column(0),
-        per_area(0),
-        pixel0(0),
-        in_image(0),
-        row_scale(0) {
+      : image0(0), y0(0), x0(0), top(0), left(0), rows(0), columns(0), images(0), pixel0(0), in_image(0), row_scale(0) {
     if constexpr (S.pool) row_scale = (float)p.pool_rows / ((float)p.out_h * (float)p.out_w);
     if constexpr (S.depthwise) {
       const int tiles = p.tiles_x * p.tiles_y, groups = ceil_div(p.batch, S.tile.images);
       const int in_image = kImagesFirst ? tile / groups : tile % tiles;
       image0 = (kImagesFirst ? tile - in_image * groups : tile / tiles) * S.tile.images;
       y0 = in_image / p.tiles_x * S.tile.tile_h, x0 = in_image % p.tiles_x * S.tile.tile_w;
-      images = min(S.tile.images, p.batch - image0);
+      images = images_from(p, image0);
       top = max(0, -halo_y()), left = max(0, -halo_x());
       rows = max(0, min(halo_h(S), p.mid_h - halo_y()) - top);
       columns = max(0, min(halo_w(S), p.mid_w - halo_x()) - left);
-      per_column = 1.f / max(1, columns), per_area = 1.f / max(1, rows * columns);
     } else {
       pixel0 = (long long)tile * flat_pixels(S);
       if constexpr (S.pool) {
@@ -70,13 +56,17 @@ struct TilePlace {
     }
   }
 
+  FCM_DEVICE static int images_from(const Params& p, int image0) {
+    return S.tile.images > 1 ? min(S.tile.images, p.batch - image0) : 1;
+  }
+
   // The tile `tile`, which comes after this one.
   FCM_DEVICE TilePlace next(const Params& p, int tile) const {
     if constexpr (S.depthwise && kImagesFirst) {
       if (image0 + S.tile.images < p.batch) {
         TilePlace to = *this;
         to.image0 += S.tile.images;
-        to.images = min(S.tile.images, p.batch - to.image0);
+        to.images = images_from(p, to.image0);
         return to;
       }
     }
@@ -96,13 +86,13 @@ struct TilePlace {
   FCM_DEVICE int halo_pixels() const { return images * rows * columns; }
   FCM_DEVICE bool crosses_border() const { return rows < halo_h(S) || columns < halo_w(S); }
 
-  // i / n from 1 / n: exact below 2^20, since (i + 1/2) / n is at least 1/2n away from an integer.
-  FCM_DEVICE static int divide(int i, float per_n) { return (int)((i + 0.5f) * per_n); }
+  // i / n, of many i: exact below 2^20, since (i + 1/2) / n is at least 1/2n away from an integer.
+  FCM_DEVICE static int divide(int i, int n) { return (int)((i + 0.5f) * (1.f / max(1, n))); }
 
   // The i-th valid pixel of the halo region: its coordinates on the middle map.
   FCM_DEVICE Pixel halo_pixel(int i) const {
-    const int area = rows * columns, image = S.tile.images > 1 ? divide(i, per_area) : 0, rest = i - image * area;
-    const int y = divide(rest, per_column), x = rest - y * columns;
+    const int area = rows * columns, image = S.tile.images > 1 ? divide(i, area) : 0, rest = i - image * area;
+    const int y = divide(rest, columns), x = rest - y * columns;
     const bool valid = i < halo_pixels();  // pixels that are not stand in for the first
     return {image0 + (valid ? image : 0), halo_y() + top + (valid ? y : 0), halo_x() + left + (valid ? x : 0), valid};
   }
