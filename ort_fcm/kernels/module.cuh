@@ -863,8 +863,18 @@ struct Module {
     }
   }
 
-  FCM_DEVICE void project(const typename L::Operand (&a)[P], int step, int gi) {
+  FCM_DEVICE void project(typename L::Operand (&a)[P], int step, int gi) {
     add_moments(a);
+    if constexpr (kExchanges) {  // what was loaded as it is
+      FCM_UNROLL
+      for (int py = 0; py < P; ++py) {
+        FCM_UNROLL
+        for (int s = 0; s < 2; ++s) {
+          FCM_UNROLL
+          for (int r = 0; r < 4; ++r) a[py].step[s].r[r] = pinned(a[py].step[s].r[r], zero());
+        }
+      }
+    }
     const char* buffer = project_buffer(step) + gi * (block_n(S) / 8) * kFragment;
     constexpr int kBlocks = block_n(S) / 8;
     constexpr bool kOneWarp = S.tile.warps_n == 1;  // along output channels
