@@ -469,8 +469,8 @@ struct Module {
                        kSharers = kFirstShares > 1 ? first_rows(S) / 16 : warps(S);
   FCM_DEVICE static int first_tile(int i, int warp = L::warp()) { return warp % kSharers + i * kSharers; }
   FCM_DEVICE static int first_share() { return kFirstShares > 1 ? L::warp() / kSharers : 0; }
-  // Zero, which the compiler cannot know.
-  FCM_DEVICE u32 zero() const { return (u32)(p.batch >> 31); }
+  // Zero, which the compiler cannot know; or another, to tell apart what is the same.
+  FCM_DEVICE u32 zero(bool other = false) const { return (u32)((other ? p.in_h : p.batch) >> 31); }
   // Written and read by the same lane.
   FCM_DEVICE static int first_offset(int i, int kg, int step) {
     return kInputAt + (((L::warp() * kFirstTiles + i) * kFirstGroups + kg) * 2 + step) * kFragment + L::lane() * 16;
@@ -495,7 +495,8 @@ struct Module {
     FCM_UNROLL
     for (int j = 0; j < kBlocks8; ++j) {
       FCM_UNROLL
-      for (int i = 0; i < 4; ++i) kept.bias[j][i] = bits_float(pinned(float_bits(kept.bias[j][i]), zero()));
+      for (int i = 0; i < 4; ++i)
+        kept.bias[j][i] = bits_float(pinned(float_bits(kept.bias[j][i]), zero(!L::kHalf && i > 1)));
     }
     if constexpr (kKeepsWeights) {
       FCM_UNROLL
