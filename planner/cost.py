@@ -646,14 +646,16 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             kept += 4 * max(0, _first_tiles(seg, tile) * seg.first_steps - 28)
     if tile.resident:
         stem = seg.stages.startswith("conv")
-        kept = priors.resident_registers + (24 if stem and seg.depthwise else 8 if seg.project and not stem else 32)
-        if seg.element == 4 and (stem or (seg.first and not held)):
+        several = _steps(seg, tile) > 1  # else what is known of a tile's input is not needed beside the depthwise
+        own = (24 if several else 8) if stem and seg.depthwise else 8 if seg.project and not stem else 32
+        kept = priors.resident_registers + own
+        if seg.element == 4 and seg.first and not held and not stem:
             kept += 96
         if seg.stages == "dw-pw":
             kept += 8 * tile.patch_h if seg.element == 4 else 8 if tile.wgmma else 0
         if seg.first and not held:  # many loads of the next tile's input are gathered
             kept += 8 * max(0, _first_tiles(seg, tile) * seg.first_steps - 32)
-        if seg.stages == "conv-dw":
+        if seg.stages == "conv-dw" and several:
             kept += 14 * tile.patch_h
         if gpu.sm >= 100 and seg.depthwise and not seg.first:  # places of copies
             kept += 32
