@@ -499,6 +499,12 @@ def _from_registers(seg: Segment, tile: Tile) -> bool:
     return tile.wgmma == 1 and seg.streams and (seg.element == 4 or seg.scaled)
 
 
+def _apart(seg: Segment, tile: Tile) -> int:
+    """Warpgroups that wait for their own copies alone."""
+    apart = tile.wgmma and seg.streams and tile.resident and tile.warps_n == 1
+    return tile.warps_m // 4 if apart and (_from_registers(seg, tile) or tile.warps_m > 4) else 1
+
+
 def _stages(seg: Segment, tile: Tile) -> int:
     """Buffers of what a chunk step replaces."""
     return 3 if seg.streams and tile.wgmma and not tile.resident else 2
@@ -541,10 +547,10 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
     reduction = units * (seg.group // 8) * fragment if t.split > 1 else 0
     if seg.takes_moments and t.split > 1:
         reduction += t.split * t.warps_m * t.patch_h * 128
-    stages, steps = _stages(seg, t), _steps(seg, t)  # of what a chunk step replaces
-    buffers = stages if t.resident else min(stages, steps)
-    halos = 1 if steps == 1 and seg.first and seg.first.kind == "conv" else min(2, buffers)
-    working = once + halos * halo + buffers * exchange + (steps if t.resident else buffers) * weights
+    steps, chain = _steps(seg, t), seg.first and seg.depthwise and (seg.project or seg.stem)
+    one = chain and steps == 1 and (seg.stem or not t.resident)
+    buffers = 1 if one and not t.resident else _stages(seg, t)
+    working = once + (1 if one else 2) * halo + buffers * exchange + (steps if t.resident else buffers) * weights
     arrivals = 32
     # Tiles that follow need the working buffers.
     return arrivals + (working + reduction if t.resident else max(working, reduction))
@@ -670,6 +676,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
             kept += 12  # taps of several groups are the same for every tile
         if seg.pool:  # weights are the same for every tile, and held if they can be
             kept += 96 if stem else 16
+    if seg.stem and not seg.passes and held and _steps(seg, tile) == 1 and gpu.sm == 90:
+        kept -= 36  # the input is not needed beside the depthwise
     base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 100 else 0)
     return base + sums + held + phase + kept
 
@@ -818,6 +826,7 @@ class Work(NamedTuple):
     rows: int = 0  # of a strip: rows of X of a patch
     words: int = 1  # of a strip: words of channels of a thread
     narrow: float = 0.0  # of a strip: bytes of lines that accesses touch over those that they want, less 1
+    broken: float = 0.0  # of a stem that writes Y itself: memory's time more, for short rows
 
 
 def _late(seg: Segment, tile: Tile) -> int:
@@ -826,7 +835,7 @@ def _late(seg: Segment, tile: Tile) -> int:
     if not seg.streams or tile.split > 1:
         return 0
     groups = _warp_groups_n(seg, tile)
-    return tile.patch_h * (groups if _stores_singly(seg, tile) else ceil_div(groups, 4) if seg.residual else 0)
+    return tile.patch_h * (1 if _stores_singly(seg, tile) else ceil_div(groups, 4) if seg.residual else 0)
 
 
 def work(seg: Segment, tile: Tile, sms: int) -> Work:
@@ -983,8 +992,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, again, products,
         operands, values, loads, stores, factors, copied / 512 / warps, copied_weights / 512 / warps, tiles, places,
         fragments, adding, waiting, ends, end_values, accumulators(seg, t) * (1 - 1 / t.split),
-        max(1.0, done / seg.multiply_adds), steps / (_stages(seg, t) - 1) if seg.streams else 0.0,
-        _late(seg, t), waited,
+        max(1.0, done / seg.multiply_adds), steps / (_stages(seg, t) - 1) / _apart(seg, t) if seg.streams else 0.0,
+        _late(seg, t), waited, broken=BROKEN / t.tile_w if seg.passes and t.resident else 0.0,
     )  # fmt: skip
 
 
@@ -1024,6 +1033,9 @@ def _strip_work(seg: Segment, tile: Tile, sms: int) -> Work:
     )  # fmt: skip
 
 
+BROKEN = (
+    6.0  # columns of tiles whose rows of Y take memory twice as long, as thread blocks write to many images at once
+)
 STRIP_SERVED = 0.5  # of what strips ask L2 for that it sends: SMs of a group ask for the pixels of neighbours together
 
 
@@ -1068,7 +1080,7 @@ def times(
     per_clock, per_us, on_tensor = _tensor_rates(seg, gpu, priors, w.operands > 0)
     rounds = ceil_div(w.busy, blocks)  # all thread blocks take the same time
     mhz = gpu.clock_mhz
-    copies = 0 if seg.streams else w.copies
+    copies = 0 if seg.streams and seg.layers[0].kind == "pw" else w.copies  # of taps, each has an address of its own
     if gpu.sm < 90:  # from there on, one thread asks for a chunk's
         copies += w.weight_copies
     loading = priors.staged_instructions if seg.stem else priors.gather_instructions
@@ -1093,7 +1105,7 @@ def times(
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps
     macs = 2048 if seg.element == 2 else 1024
     vectors = w.turns * (w.loads + w.stores + w.copies + w.operands) + w.weight_copies
-    memory = max(memory_us(gpu, dram_bytes(seg, w, gpu), w.moved, priors))
+    memory = max(memory_us(gpu, dram_bytes(seg, w, gpu), w.moved, priors)) * (1 + w.broken)
     tensor = w.warps * w.steps * w.products * max(busiest * w.turns / per_clock / mhz, w.pieces * macs / per_us)
     shared = busiest * w.warps * w.steps * 4 * vectors / mhz  # 4 wavefronts a vector
     if seg.streams and w.operands:  # tensor cores read while they multiply

@@ -175,7 +175,6 @@ struct Input {
         }
       } else {
         constexpr int kColumns = staged_columns(S);
-        FCM_ROLL
         for (int i = anew(thread_index()); i < kLines * kColumns; i += threads(S)) {
           const int line = i / kColumns, at_element = element_at(p, at, line, i % kColumns);
           char* place = to + (line * kPitch + i % kColumns) * L::kElement;

@@ -761,9 +761,9 @@ struct Module {
           }
         }
       }
-      if constexpr (kFromRegisters) {  // while these run, the next group's registers are filled
+      if constexpr (kFromRegisters) {  // while these run, the next group's registers are filled, where there are any
         wgmma_commit();
-        wgmma_wait_for_operands<1>();
+        wgmma_wait_for_operands<(S.tile.warps_m > 8 ? 0 : 1)>();
       }
     }
     if constexpr (!kFromRegisters) wgmma_commit();
@@ -1018,18 +1018,27 @@ struct Module {
         FCM_UNROLL
         for (int ng = 0; ng < kWarpGroupsN; ++ng) Moments<C>::scale(sums[py][ng], total);
       }
-      store_row<0>(py);
+      store_row<0>(py, find_stored<row_groups(0)>(L::warp(), py, 0));
     }
   }
-  template <int NG>
-  FCM_DEVICE void store_row(int py) const {
-    // Groups for which biases and residuals are in registers at once: one where sums of Y need others, or where more
-    // than 8 warps leave few.
-    constexpr bool kFew = S.pool || (S.tile.warps_m > 8 && S.tile.wgmma && !S.residual);
-    constexpr int kCount = min(kWarpGroupsN - NG, kFew ? 1 : 4);
-    store_sums<kCount>(find_stored<kCount>(L::warp(), py, NG), *(const float (*)[kCount][kBlocks8][4])sums[py][NG]);
-    if constexpr (NG + kCount < kWarpGroupsN) store_row<NG + kCount>(py);
+  // Groups from NG on, of which `to` are the first.
+  template <int NG, int COUNT>
+  FCM_DEVICE void store_row(int py, const Stored<COUNT>& to) const {
+    constexpr int kNext = row_groups(NG + COUNT);
+    const auto& c = *(const float (*)[COUNT][kBlocks8][4])sums[py][NG];
+    if constexpr (kNext > 0 && kFew) {
+      const auto next = find_stored<kNext>(L::warp(), py, NG + COUNT);
+      store_sums<COUNT>(to, c);
+      store_row<NG + COUNT>(py, next);
+    } else {
+      store_sums<COUNT>(to, c);
+      if constexpr (kNext > 0) store_row<NG + COUNT>(py, find_stored<kNext>(L::warp(), py, NG + COUNT));
+    }
   }
+  // How many groups' biases and residuals are asked for together: one, and the next before it is stored, where sums of
+  // Y need registers, or where more than 8 warps leave few.
+  static constexpr bool kFew = S.pool || (S.tile.warps_m > 8 && S.tile.wgmma && !S.residual);
+  static constexpr int row_groups(int ng) { return min(kWarpGroupsN - ng, kFew ? 1 : 4); }
   // Adds the sums of the cluster's blocks. A unit, a group's products of 16 pixels, goes to the block that stores it.
   FCM_DEVICE void reduce_and_store(bool more) {
     constexpr int kUnits = warps(S) * P * kWarpGroupsN, kOwn = ceil_div(reduction_units(S), warps(S));
@@ -1240,7 +1249,7 @@ struct Module {
       if constexpr (stages_input(S)) load_first_input(place);
       walk(next, more);
       if (!more) break;
-      if constexpr (stages_input(S)) next = place.next(p, anew(tile + 1));  // in fewer registers than it keeps
+      if constexpr (stages_input(S) && !kPasses) next = place.next(p, anew(tile + 1));  // in fewer registers
       phase += steps;
       if constexpr (kPlaced) {
         const bool clear = !kPasses && next.crosses_border() && !next.same_clip(place);

@@ -348,13 +348,16 @@ constexpr int stages(const Spec& s) { return streams_input(s) && s.tile.wgmma &&
 constexpr int mean_rows(const Spec& s) { return round_up(s.tile.images, 8); }
 constexpr int mean_parts_bytes(const Spec& s) { return threads(s) * lane_channels(s.type) * 4; }
 constexpr int means_bytes(const Spec& s) { return block_chunks(s) * chunk_groups(s) * mean_rows(s) * 64; }
-constexpr int weight_buffers(const Spec& s) {
-  return s.tile.resident ? block_chunks(s) : min(stages(s), block_chunks(s));
+// Everything that is written while something else is read has as many buffers. One will do for a chain whose thread
+// blocks have one chunk, and no tile to follow or a barrier in front of it; lone pointwises and pairs are faster where
+// an SM has no room for a second thread block, as they then spread over all SMs.
+constexpr bool one_buffer(const Spec& s) {
+  const bool chain = s.first != Dense::none && s.depthwise && (has_project(s) || stages_input(s));
+  return chain && block_chunks(s) == 1 && (!s.tile.resident || stages_input(s));
 }
-// Everything that is written while something else is read has as many buffers, and one where there is a single chunk
-// and no tile to follow; or, of the halo region, where threads meet between tiles anyway.
-constexpr int buffers(const Spec& s) { return s.tile.resident ? stages(s) : min(stages(s), block_chunks(s)); }
-constexpr int halo_buffers(const Spec& s) { return stages_input(s) && block_chunks(s) == 1 ? 1 : min(2, buffers(s)); }
+constexpr int buffers(const Spec& s) { return one_buffer(s) && !s.tile.resident ? 1 : stages(s); }
+constexpr int weight_buffers(const Spec& s) { return s.tile.resident ? block_chunks(s) : buffers(s); }
+constexpr int halo_buffers(const Spec& s) { return one_buffer(s) ? 1 : 2; }
 // The reduction comes after all of it, in its place, unless there are tiles to follow.
 constexpr int working_bytes(const Spec& s) {
   return (s.mean ? means_bytes(s) + mean_parts_bytes(s) : 0) + first_input_bytes(s) + staged_bytes(s) +
