@@ -1033,9 +1033,8 @@ def _strip_work(seg: Segment, tile: Tile, sms: int) -> Work:
     )  # fmt: skip
 
 
-BROKEN = (
-    6.0  # columns of tiles whose rows of Y take memory twice as long, as thread blocks write to many images at once
-)
+# Columns of tiles whose rows of Y take memory twice as long, as thread blocks write to many images at once.
+BROKEN = 9.0
 STRIP_SERVED = 0.5  # of what strips ask L2 for that it sends: SMs of a group ask for the pixels of neighbours together
 
 
