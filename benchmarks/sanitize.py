@@ -27,7 +27,7 @@ from benchmarks.case import DEVIATIONS, Case, describe
 from benchmarks.driver import Cuda, CudaError
 from benchmarks.modules import Bench, Host, compile_all, planned
 from ort_fcm import library
-from tests.gpu.cases import CHAINS, FEATURES, random_case
+from tests.gpu.cases import CHAINS, DEEP, FEATURES, deep_pointwise, random_case
 
 TYPES = ("float16", "tf32", "float32")
 DRAWS = 12  # modules of a chain and type among which one with a feature is sought
@@ -65,6 +65,11 @@ def _of_kind(chain: str, dtype: str, seed: int, numbers: int, gpu: Gpu) -> Itera
                 tiles += found
                 wanted.remove(feature)
         yield from (replace(case, tile=tile) for tile in dict.fromkeys(tiles))
+    if chain == "pw" and dtype != "float32":
+        case = deep_pointwise(dtype, seed)
+        for features in DEEP:
+            found = [tile for tile in planned(case, gpu) if features <= set(tile.split())]
+            yield from (replace(case, tile=tile) for tile in found[:1])
 
 
 def trials(seed: int, numbers: int, gpu: Gpu) -> list[Trial]:

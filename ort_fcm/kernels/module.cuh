@@ -866,7 +866,7 @@ struct Module {
 
   FCM_DEVICE void project(typename L::Operand (&a)[P], int step, int gi) {
     add_moments(a);
-    if constexpr (kExchanges) {  // what was loaded as it is
+    if constexpr (kExchanges && kBulkCopies) {  // what was loaded as it is; before sm_90 some tiles would spill
       FCM_UNROLL
       for (int py = 0; py < P; ++py) {
         FCM_UNROLL

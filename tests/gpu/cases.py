@@ -11,6 +11,8 @@ CHAINS = (
     "dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw", "mean-pw-pw",
     "mean-pw",
 )  # fmt: skip
+# Those of a deep pointwise: more warps along pixels, and warpgroups that do not wait for one another.
+DEEP = ({"warps_m=12"}, {"warps_m=8", "warps_n=1", "resident=1", "wgmma=1"})
 FEATURES = ("split=2", "split=8", "warps_n=2", "warps_n=3", "images=2", "patch_h=2", "resident=1", "wgmma=1")
 
 

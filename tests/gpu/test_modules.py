@@ -15,7 +15,7 @@ from benchmarks.convolution import ACTIVATIONS
 from benchmarks.modules import planned
 from ort_fcm import library
 from ort_fcm.device import present_device
-from tests.gpu.cases import CHAINS, FEATURES, deep_pointwise, random_case
+from tests.gpu.cases import CHAINS, DEEP, FEATURES, deep_pointwise, random_case
 
 
 @pytest.mark.parametrize("number", range(12), ids=ACTIVATIONS)
@@ -95,15 +95,16 @@ def test_tiles(chain: str, dtype: str, seed: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "tf32"])
-def test_twelve_warps(dtype: str, pool: bool, seed: int) -> None:
-    """A pointwise deep and wide enough for 12 warps along its pixels."""
+@pytest.mark.parametrize("features", DEEP, ids=("twelve-warps", "warpgroups-apart"))
+def test_deep_pointwise(features: set[str], dtype: str, pool: bool, seed: int) -> None:
+    """A pointwise deep and wide enough for tiles that no other module has."""
     pytest.importorskip("cupy")
     device = present_device()
     assert device is not None
     if device.capability != (9, 0):
         pytest.skip("no warpgroup products on this GPU")
     case = replace(deep_pointwise(dtype, seed), pool=pool)
-    wide = [tile for tile in planned(case, device.name) if "warps_m=12" in tile]
+    wide = [tile for tile in planned(case, device.name) if features <= set(tile.split())]
     assert wide, case.to_line()
     data = data_of(case)
     for tile in (wide[0], wide[-1]):
