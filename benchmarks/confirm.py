@@ -280,8 +280,7 @@ def architecture() -> str:
     device = present_device()
     if device is None:
         raise FcmError("there is no GPU here to measure on")
-    major, minor = device.capability
-    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+    return device.architecture
 
 
 def launch(args: argparse.Namespace) -> None:

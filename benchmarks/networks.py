@@ -34,7 +34,7 @@ import onnx
 from rich import print as show
 
 import ort_fcm
-from benchmarks import confirm, reference
+from benchmarks import reference
 from benchmarks.convolution import Array
 from benchmarks.models import module_texts, network
 from ort_fcm import bench, library
@@ -90,9 +90,9 @@ def prepare(name: str, dtype: str, batch: int, tuned: bool, models: Path, gpu: s
             raise
         stock = network(name, "float32", batch, models)
     done = ort_fcm.rewrite(stock, gpu=gpu, check=False, tune=tuned)
-    if present_device():  # compiled here, many networks at a time, kernels are there when the session is made
+    if device := present_device():  # compiled here, many networks at a time, kernels are there when the session is made
         for text in module_texts(done.model):
-            library.compile_kernel(text, confirm.architecture())
+            library.compile_kernel(text, device.architecture)
     return stock.SerializeToString(), done.model.SerializeToString(), bench.summary(done.report)
 
 

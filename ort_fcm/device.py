@@ -28,6 +28,12 @@ class Device:
     shared_bytes_per_block: int  # the most a thread block may ask for
     driver: str  # the CUDA version the driver supports
 
+    @property
+    def architecture(self) -> str:
+        """What kernels are compiled for, as NVRTC names it: "sm_90a", with what no other GPU has, from 9.0 on."""
+        major, minor = self.capability
+        return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
 
 def _driver() -> ctypes.CDLL | None:
     try:
