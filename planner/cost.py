@@ -500,7 +500,7 @@ def _from_registers(seg: Segment, tile: Tile) -> bool:
 
 
 def _apart(seg: Segment, tile: Tile) -> int:
-    """Warpgroups that wait for their own copies alone."""
+    """Warpgroups of a thread block that wait for their own copies alone; 1 where all of it waits."""
     apart = tile.wgmma and seg.streams and tile.resident and tile.warps_n == 1
     return tile.warps_m // 4 if apart and (_from_registers(seg, tile) or tile.warps_m > 4) else 1
 
@@ -830,8 +830,8 @@ class Work(NamedTuple):
 
 
 def _late(seg: Segment, tile: Tile) -> int:
-    """Times that a warp of a lone dense stage waits before it stores: biases of single groups of channels (else all are
-    there), or residuals of four."""
+    """Times that a warp of a lone dense stage waits before it stores: for the first biases where groups of channels are
+    stored one by one (else all are there), or for residuals of four."""
     if not seg.streams or tile.split > 1:
         return 0
     groups = _warp_groups_n(seg, tile)
