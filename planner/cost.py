@@ -677,7 +677,7 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
         if seg.pool:  # weights are the same for every tile, and held if they can be
             kept += 96 if stem else 16
     if seg.stem and not seg.passes and held and _steps(seg, tile) == 1 and gpu.sm == 90:
-        kept -= 36  # the input is not needed beside the depthwise
+        kept -= 36  # the input is not needed beside the depthwise; other architectures were not looked at
     base = priors.base_registers + (priors.gathered_registers if gpu.sm >= 100 else 0)
     return base + sums + held + phase + kept
 
