@@ -278,7 +278,8 @@ double run(int batch, int height, int width, unsigned seed) {
           const double got = yt.get(s, Tensor::offset(y, n, c, i, j, s.output_nchw)), want = y.at(n, c, i, j);
           error += (got - want) * (got - want), norm += want * want;
         }
-  const double own = std::sqrt(error / norm), pools = s.pool ? std::sqrt(pool_error / pool_norm) : 0;
+  const auto share = [](double e, double n) { return e == 0 ? 0 : std::sqrt(e / n); };  // few outputs may all be zero
+  const double own = share(error, norm), pools = s.pool ? share(pool_error, pool_norm) : 0;
   return own <= pools ? pools : own;  // either may be NaN
 }
 
