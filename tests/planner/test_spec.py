@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -14,13 +15,13 @@ from hypothesis import strategies as st
 
 from planner import GPUS, Chain, Gpu, Layer, Tile, candidates
 from planner.chain import STEM_CHANNELS
-from planner.cost import Segment, estimate, illegal, packed_bytes, segment, shared_bytes
+from planner.cost import Segment, _apart, estimate, illegal, packed_bytes, segment, shared_bytes
 
 KERNELS = Path(__file__).parents[2] / "ort_fcm" / "kernels"
 ACTIVATIONS = {"none": 0, "clip": 2, "prelu": 10}
 
-# Reads specs as integers, writes shared memory, thread blocks, bytes of packed weights and biases, and why a spec is
-# illegal.
+# Reads specs as integers, writes shared memory, thread blocks, bytes of packed weights and biases, whether warpgroups
+# are apart, and why a spec is illegal.
 PROGRAM = """
 #include <cstdio>
 #include <initializer_list>
@@ -55,13 +56,23 @@ int main() {
     const long long packed = why ? 0 : fcm::packed_first_bytes(s) + fcm::packed_depthwise_bytes(s) +
         fcm::packed_project_bytes(s) + vector(s.first != fcm::Dense::none, false, s.first_act) +
         vector(s.depthwise, false, s.depthwise_act) + vector(fcm::has_project(s), true, s.project_act);
-    std::printf("%d %lld %lld %s\\n", l.shared_bytes, l.grid_x * l.grid_y * l.grid_z, packed, why ? why : "");
+    std::printf("%d %lld %lld %d %s\\n", l.shared_bytes, l.grid_x * l.grid_y * l.grid_z, packed,
+                fcm::warpgroups_apart(s), why ? why : "");
     std::fflush(stdout);
   }
 }
 """
 
-Ask = Callable[[Segment, Tile, int, int], tuple[int, int, int, str]]
+
+class Answer(NamedTuple):
+    shared: int
+    grid: int
+    packed: int
+    apart: bool
+    why: str
+
+
+Ask = Callable[[Segment, Tile, int, int], Answer]
 
 
 def test_stems_are_the_same(tmp_path: Path) -> None:
@@ -84,11 +95,12 @@ def ask(tmp_path_factory: pytest.TempPathFactory) -> Ask:
     (folder / "ask.cc").write_text(PROGRAM)
     subprocess.run([compiler, "-std=c++17", f"-I{KERNELS}", "ask.cc", "-o", "ask"], cwd=folder, check=True)
 
-    def run(seg: Segment, tile: Tile, sms: int, held: int) -> tuple[int, int, int, str]:
+    def run(seg: Segment, tile: Tile, sms: int, held: int) -> Answer:
         text = " ".join(str(int(value)) for value in [*numbers(seg, tile), sms, held])
         done = subprocess.run([folder / "ask"], input=text, capture_output=True, text=True, check=True)
-        shared, grid, packed, *why = done.stdout.rstrip("\n").split(" ", 3)
-        return int(shared), int(grid), int(packed), why[0] if why else ""
+        *counts, why = done.stdout.rstrip("\n").split(" ", 4)
+        shared, grid, packed, apart = map(int, counts)
+        return Answer(shared, grid, packed, bool(apart), why)
 
     return run
 
@@ -109,10 +121,13 @@ def numbers(seg: Segment, tile: Tile) -> list[int]:
     return [*head, seg.residual, *windows, *acts, *astuple(tile), *flags, seg.batch, seg.height, seg.width]
 
 
+ALL = ("dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw", "mean-pw-pw",
+       "mean-pw")  # fmt: skip
+
+
 @st.composite
-def segments(draw: st.DrawFn) -> Segment:
-    stages = draw(st.sampled_from(["dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw",
-                                   "conv-dw-pw", "mean-pw-pw", "mean-pw"]))  # fmt: skip
+def segments(draw: st.DrawFn, kinds: Sequence[str] = ALL) -> Segment:
+    stages = draw(st.sampled_from(kinds))
     mean, option, normed = stages.startswith("mean-"), draw(st.booleans()), draw(st.booleans())
     stages = stages.removeprefix("mean-")
     few = st.integers(1, 4)  # a dense convolution in front of others
@@ -139,7 +154,8 @@ def segments(draw: st.DrawFn) -> Segment:
     return found
 
 
-def random_tile(draw: st.DrawFn) -> Tile:
+@st.composite
+def random_tiles(draw: st.DrawFn) -> Tile:
     few = st.integers(1, 4)
     return Tile(
         draw(st.integers(1, 16)), draw(st.integers(1, 16)), draw(few), draw(few), 16 * draw(few), draw(few), draw(few),
@@ -153,14 +169,21 @@ SETTINGS = settings(max_examples=200, deadline=None, suppress_health_check=list(
 @SETTINGS
 @given(segments(), st.data())
 def test_random_tiles_are_judged_alike(ask: Ask, seg: Segment, data: st.DataObject) -> None:
-    tile = data.draw(st.composite(random_tile)())
+    tile = data.draw(random_tiles())
     if tile.images > 1 and not seg.mean:  # several images need the whole map: the planner's own rule
         tile = replace(tile, images=1)
-    shared, _, packed, why = ask(seg, tile, 0, 0)
-    assert bool(illegal(seg, tile)) == bool(why), (illegal(seg, tile), why)
-    if not why:
-        assert shared_bytes(seg, tile) == shared
-        assert seg.gate or sum(packed_bytes(seg, tile)) == packed  # a gate's weights lie otherwise
+    answer = ask(seg, tile, 0, 0)
+    assert bool(illegal(seg, tile)) == bool(answer.why), (illegal(seg, tile), answer.why)
+    if not answer.why:
+        assert shared_bytes(seg, tile) == answer.shared
+        assert seg.gate or sum(packed_bytes(seg, tile)) == answer.packed  # a gate's weights lie otherwise
+
+
+@SETTINGS
+@given(segments(("pw", "conv")), random_tiles(), st.sampled_from([4, 8, 12]), st.integers(1, 2))
+def test_warpgroups_apart_are_counted(ask: Ask, seg: Segment, tile: Tile, warps_m: int, warps_n: int) -> None:
+    tile = replace(tile, warps_m=warps_m, warps_n=warps_n)
+    assert _apart(seg, tile) == (warps_m // 4 if ask(seg, tile, 0, 0).apart else 1)
 
 
 @SETTINGS
@@ -174,5 +197,5 @@ def test_planned_tiles_are_true_to_the_kernels(ask: Ask, seg: Segment, card: Gpu
     module = data.draw(st.sampled_from(found))
     cost = estimate(seg, module.tile, card)
     assert cost
-    shared, grid, _, why = ask(seg, module.tile, card.sms, cost.resident)
-    assert (shared, grid, why) == (module.shared_bytes, cost.grid, "")
+    answer = ask(seg, module.tile, card.sms, cost.resident)
+    assert (answer.shared, answer.grid, answer.why) == (module.shared_bytes, cost.grid, "")
