@@ -32,6 +32,7 @@ class Priors:
     gather_instructions: float = 18.52  # the same: loading its input
     staged_instructions: float = 93.89  # the same, from a stem's input in shared memory, and copying that there
     store_instructions: float = 5.588  # a register of the output: bias, residual, address, store
+    pool_instructions: float = 110  # of adding up a group of 16 pixels of the output behind a project
     sum_instructions: float = 24.76  # a register of partial sums that goes to another thread block of a cluster
     factor_instructions: float = 80.92  # a warp's 512 bytes of X times their factors
     clocks_per_instruction: float = 2.027  # of one warp alone
@@ -50,11 +51,14 @@ class Priors:
     dispatch_clocks: float = 398.2  # in which an SM starts a thread block
     wgmma_wait_clocks: float = 162.7  # of a product of 64 pixels beside a depthwise, which nothing hides
     uneven_blocks: float = 0.55  # thread blocks that the busiest SM has more, for each of two it has room for
+    uneven_most: int = 2  # thread blocks that it has more, at most, before that share is taken
     strip_load_instructions: float = 1.229  # a lone depthwise's, of a pixel of X or Y: address, border, load or store
     strip_row_instructions: float = 14.03  # the same, of a row of X
     strip_wait_clocks: float = 65.78  # of waiting for rows of X in a lone depthwise
     strip_dispatch_clocks: float = 357.7  # dispatch_clocks of a lone depthwise
     strip_narrow_share: float = 0.2051  # of device memory's time for each 128 bytes that are asked for in parts
+    strip_served_share: float = 0.5  # of what strips ask L2 for that it sends: SMs of a group ask for pixels together
+    short_row_columns: float = 9.0  # of a tile whose rows of Y, to many images at once, take memory twice as long
     launch_us: float = 1.2  # of a kernel in a captured graph
     module_us: float = 0.4  # more in a network: of a kernel that follows another one, not itself
     base_registers: int = 53  # addresses, counters, pipeline state
@@ -95,7 +99,6 @@ _ACTIVATION = {"none": 0, "relu": 0.5, "clip": 1, "hardswish": 3, "hardsigmoid":
 
 MAX_ACCUMULATORS = 168  # registers of a thread for its output, as the kernels allow
 MAX_REGISTERS = 255
-POOLING = 110  # instructions that add up a group of 16 pixels behind a project
 FRAGMENT = 512  # bytes of an operand of a warp: 32 lanes x 16
 SECTOR = 32  # bytes that L2 hands out at least
 LINE = 128  # bytes that it fetches together
@@ -817,7 +820,7 @@ class Work(NamedTuple):
     adding: float  # instructions of a warp that takes the mean of the input, once a tile
     waiting: float  # clocks in which it waits for that input
     ends: float  # registers of output, and of a residual, that a warp stores or loads, once a tile
-    end_values: float  # its plain instructions on them
+    end_values: float  # its plain instructions on them, pooling apart
     sums: float  # registers of partial sums that it sends, once a tile
     recompute: float
     waits: float  # of lone stages: times that a thread block (a warp of a strip) waits for memory, once a tile
@@ -826,7 +829,8 @@ class Work(NamedTuple):
     rows: int = 0  # of a strip: rows of X of a patch
     words: int = 1  # of a strip: words of channels of a thread
     narrow: float = 0.0  # of a strip: bytes of lines that accesses touch over those that they want, less 1
-    broken: float = 0.0  # of a stem that writes Y itself: memory's time more, for short rows
+    short: float = 0.0  # of a stem that writes Y itself to many images at once: rows of it, for each column of Y
+    pooled: float = 0.0  # groups of 16 pixels of the output that a warp adds up behind a project, once a tile
 
 
 def _late(seg: Segment, tile: Tile) -> int:
@@ -898,7 +902,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
 
     # Work of a warp in a chunk step.
     pack = 2 if e == 2 else 1
-    products = operands = values = loads = stores = 0.0
+    products = operands = values = loads = stores = pooled = 0.0
     row = 32 / 512 / 4  # vectors of a warp that one of four reads: half a group of a pixel or channel
     copied = copied_weights = 0  # bytes that cp.async brings in a step, whole thread block
     # The kernels clip the halo region to the map, and warps without a tile of it skip `first`: the mean of a warp.
@@ -971,7 +975,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         own = accumulators(seg, t) / t.split
         ends, end_values = own * (2.0 if seg.residual else 1.0), own * _ACTIVATION[seg.project.activation]
         if seg.pool:
-            end_values += own / (group // 2) * POOLING
+            pooled = own / (group // 2)
     else:
         ends, end_values = steps * groups * t.patch_h * 8.0, 0.0
 
@@ -993,7 +997,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         operands, values, loads, stores, factors, copied / 512 / warps, copied_weights / 512 / warps, tiles, places,
         fragments, adding, waiting, ends, end_values, accumulators(seg, t) * (1 - 1 / t.split),
         max(1.0, done / seg.multiply_adds), steps / (_stages(seg, t) - 1) / _apart(seg, t) if seg.streams else 0.0,
-        _late(seg, t), waited, broken=BROKEN / t.tile_w if seg.passes and t.resident else 0.0,
+        _late(seg, t), waited, short=1 / t.tile_w if seg.passes and t.resident else 0.0, pooled=pooled,
     )  # fmt: skip
 
 
@@ -1033,11 +1037,6 @@ def _strip_work(seg: Segment, tile: Tile, sms: int) -> Work:
     )  # fmt: skip
 
 
-# Columns of tiles whose rows of Y take memory twice as long, as thread blocks write to many images at once.
-BROKEN = 9.0
-STRIP_SERVED = 0.5  # of what strips ask L2 for that it sends: SMs of a group ask for the pixels of neighbours together
-
-
 def _idle_us(w: Work, gpu: Gpu, blocks: int, others: int, priors: Priors) -> float:
     """Microseconds in which an SM asks memory for nothing, since all who do wait: `others` (with it) fill the gaps."""
     return ceil_div(w.busy, blocks) * w.turns * w.waits * priors.wait_clocks / others / gpu.clock_mhz
@@ -1052,7 +1051,7 @@ def _strip_times(
     clocks = priors.strip_wait_clocks * w.waits + priors.clocks_per_instruction * patch
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)
     wavefronts = w.turns * (w.loads + w.stores) * w.words + w.weight_copies * w.words
-    dram_us, l2_us = memory_us(gpu, w.dram, STRIP_SERVED * w.moved, priors)
+    dram_us, l2_us = memory_us(gpu, w.dram, priors.strip_served_share * w.moved, priors)
     idle = _idle_us(w, gpu, blocks, min(blocks, w.busy) * w.warps, priors)
     return {
         "memory": max(dram_us * (1 + priors.strip_narrow_share * w.narrow), l2_us) + idle,
@@ -1063,9 +1062,6 @@ def _strip_times(
     }
 
 
-UNEVEN = 2  # thread blocks that the busiest SM may have more than its share
-
-
 def times(
     seg: Segment, w: Work, gpu: Gpu, blocks: int, priors: Priors = PRIORS, *, room: int | None = None
 ) -> dict[str, float]:
@@ -1073,7 +1069,7 @@ def times(
     default as many). Where that is more than its share, thread blocks are not shared out evenly: they start while those
     of the kernel in front end."""
     more = max(0, (blocks if room is None else room) - w.busy)
-    busiest = w.busy + priors.uneven_blocks * min(UNEVEN, more)
+    busiest = w.busy + priors.uneven_blocks * min(priors.uneven_most, more)
     if seg.strip:
         return _strip_times(seg, w, gpu, blocks, busiest, priors)
     per_clock, per_us, on_tensor = _tensor_rates(seg, gpu, priors, w.operands > 0)
@@ -1086,7 +1082,8 @@ def times(
     plain = w.values + w.loads + w.stores
     plain += priors.copy_instructions * copies + priors.factor_instructions * w.factors
     tile = w.steps * plain + (loading + priors.place_instructions * w.places / w.turns) * w.tiles + w.adding
-    tile += priors.store_instructions * w.ends + w.end_values + priors.sum_instructions * w.sums
+    tile += priors.store_instructions * w.ends + (w.end_values + priors.pool_instructions * w.pooled)
+    tile += priors.sum_instructions * w.sums
     multiplying = 0.1 if w.operands else 1 if on_tensor else 33
     issued = w.turns * (tile + w.steps * w.products * multiplying)
     step = priors.stream_warp_clocks * w.warps if seg.streams else priors.step_clocks + priors.warp_clocks * w.warps
@@ -1104,7 +1101,7 @@ def times(
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps
     macs = 2048 if seg.element == 2 else 1024
     vectors = w.turns * (w.loads + w.stores + w.copies + w.operands) + w.weight_copies
-    memory = max(memory_us(gpu, dram_bytes(seg, w, gpu), w.moved, priors)) * (1 + w.broken)
+    memory = max(memory_us(gpu, dram_bytes(seg, w, gpu), w.moved, priors)) * (1 + priors.short_row_columns * w.short)
     tensor = w.warps * w.steps * w.products * max(busiest * w.turns / per_clock / mhz, w.pieces * macs / per_us)
     shared = busiest * w.warps * w.steps * 4 * vectors / mhz  # 4 wavefronts a vector
     if seg.streams and w.operands:  # tensor cores read while they multiply

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MAX_TAPS = 49  # more than registers hold
 MAX_WARPS = 8  # of a thread block
 BASE_REGISTERS = 36  # addresses, the map's border
+RESIDENT_REGISTERS = 13, 8  # more in float32 with resident: once, and for each word of channels
 # By bytes of an element, registers that the compiler takes: as a base, for each that `_held` counts, with resident, and
 # for each column of X (of 1346 and 94 kernels, all but a tenth within a fifth, and a tenth).
 TAKEN = {2: (12, 1.2, 13, 0), 4: (8, 1.09, 15, 1.45)}
@@ -96,8 +97,8 @@ def _held(seg: Segment, tile: Tile) -> int:
 
 def registers(seg: Segment, tile: Tile) -> int:
     """Registers of a thread that it should have."""
-    kept = 13 + 8 * words(seg, tile) if tile.resident and seg.element == 4 else 0
-    return BASE_REGISTERS + words(seg, tile) * (_held(seg, tile) + 1) + kept
+    base, each = RESIDENT_REGISTERS if tile.resident and seg.element == 4 else (0, 0)
+    return BASE_REGISTERS + base + words(seg, tile) * (_held(seg, tile) + 1 + each)
 
 
 def taken(seg: Segment, tile: Tile) -> int:
