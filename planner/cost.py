@@ -31,6 +31,7 @@ class Priors:
     place_instructions: float = 30.73  # a 16-pixel tile of `first`: its pixels' places, on the map and in shared memory
     gather_instructions: float = 18.52  # the same: loading its input
     staged_instructions: float = 93.89  # the same, from a stem's input in shared memory, and copying that there
+    element_instructions: float = 35.0  # of staging an element of a stem's input by itself, as counted in the SASS
     store_instructions: float = 5.588  # a register of the output: bias, residual, address, store
     pool_instructions: float = 110  # of adding up a group of 16 pixels of the output behind a project
     sum_instructions: float = 24.76  # a register of partial sums that goes to another thread block of a cluster
@@ -561,13 +562,18 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
 
 def staged_bytes(seg: Segment, tile: Tile) -> int:
     """The patch of X under the halo region of a tile, where a dense convolution comes before a depthwise."""
+    lines, columns = _staged_patch(seg, tile)
+    return lines * (ceil_div(columns, 16 // seg.element) | 1) * 16
+
+
+def _staged_patch(seg: Segment, tile: Tile) -> tuple[int, int]:
+    """Its lines, of all channels and images, and their elements."""
     assert seg.first
     spatial = tiling(seg, tile)
     rows = (spatial.halo_rows - 1) * seg.first.stride[0] + seg.first.reach[0]
     columns = (spatial.halo_columns - 1) * seg.first.stride[1] + seg.first.reach[1]
-    vector = 16 // seg.element
-    columns += seg.first_columns - seg.first.kernel[1] + vector - 1
-    return tile.images * seg.c_in * rows * (ceil_div(columns, vector) | 1) * 16
+    columns += seg.first_columns - seg.first.kernel[1] + 16 // seg.element - 1
+    return tile.images * seg.c_in * rows, columns
 
 
 def packed_bytes(seg: Segment, tile: Tile) -> tuple[int, int]:
@@ -830,6 +836,7 @@ class Work(NamedTuple):
     words: int = 1  # of a strip: words of channels of a thread
     narrow: float = 0.0  # of a strip: bytes of lines that accesses touch over those that they want, less 1
     short: float = 0.0  # of a stem that writes Y itself to many images at once: rows of it, for each column of Y
+    singles: int = 0  # of a stem whose rows of X are not whole vectors: elements that a thread stages, once a tile
     pooled: float = 0.0  # groups of 16 pixels of the output that a warp adds up behind a project, once a tile
 
 
@@ -983,6 +990,10 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     turns = ceil_div(spatial, spatial_blocks)
     # A resident thread block takes the same place of one image after another.
     places = min(turns, 1 + turns * t.images / seg.batch) if layer and t.resident else turns
+    singles = 0
+    if layer and seg.stem and seg.width * e % 16:
+        lines, columns = _staged_patch(seg, t)
+        singles = ceil_div(lines * columns, t.threads)
     # Recomputed work, tensor padding apart.
     done = 0
     if seg.first:
@@ -997,7 +1008,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         operands, values, loads, stores, factors, copied / 512 / warps, copied_weights / 512 / warps, tiles, places,
         fragments, adding, waiting, ends, end_values, accumulators(seg, t) * (1 - 1 / t.split),
         max(1.0, done / seg.multiply_adds), steps / (_stages(seg, t) - 1) / _apart(seg, t) if seg.streams else 0.0,
-        _late(seg, t), waited, short=1 / t.tile_w if seg.passes and t.resident else 0.0, pooled=pooled,
+        _late(seg, t), waited, short=1 / t.tile_w if seg.passes and t.resident else 0.0, singles=singles,
+        pooled=pooled,
     )  # fmt: skip
 
 
@@ -1085,7 +1097,8 @@ def times(
     tile += priors.store_instructions * w.ends + (w.end_values + priors.pool_instructions * w.pooled)
     tile += priors.sum_instructions * w.sums
     multiplying = 0.1 if w.operands else 1 if on_tensor else 33
-    issued = w.turns * (tile + w.steps * w.products * multiplying)
+    single = priors.element_instructions * w.singles
+    issued = w.turns * (tile + single + w.steps * w.products * multiplying)
     step = priors.stream_warp_clocks * w.warps if seg.streams else priors.step_clocks + priors.warp_clocks * w.warps
     step += w.products * (priors.wgmma_clocks if w.operands else priors.product_clocks)
     step += priors.wgmma_wait_clocks * w.waited
@@ -1096,6 +1109,8 @@ def times(
     following = (w.turns - 1) * (1 if seg.streams else priors.turn_share)
     latency = (priors.wgmma_block_clocks if w.operands else 0) + (1 + following) * turn
     latency += 512 * w.warps * (w.copies + w.weight_copies) / priors.fill_bytes
+    # Nothing fetches these ahead, and a thread waits for two at once.
+    latency += w.turns * (priors.clocks_per_instruction * single + priors.wait_clocks * w.singles / 2)
     if seg.first and seg.depthwise:
         latency += priors.first_block_clocks
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps

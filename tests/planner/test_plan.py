@@ -277,6 +277,19 @@ def test_an_inverted_residual_block_is_one_module_on_an_h200(batch: int) -> None
     assert plan.time_after_us < plan.time_before_us / 3
 
 
+def test_a_stem_stages_rows_that_are_not_whole_vectors_element_by_element() -> None:
+    stem = Layer("conv", 3, 32, (3, 3), (2, 2), pads=(1, 1, 1, 1))
+
+    def time_us(width: int, dtype: str) -> float:
+        found = segment(Chain((stem,), 16, 300, width, dtype), 0, 0)
+        cost = found and estimate(found, Tile(patch_h=2, warps_m=2), gpu("H200"))
+        assert cost
+        return cost.time_us
+
+    assert time_us(300, "float16") > 1.2 * time_us(304, "float16")  # 600 bytes
+    assert time_us(300, "float32") <= time_us(304, "float32")  # 1200
+
+
 def test_batch_one_splits_where_a_batch_does_not() -> None:
     parts = (
         Layer("pw", 64, 384, activation="clip", activation_nodes=1),
