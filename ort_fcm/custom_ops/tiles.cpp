@@ -21,7 +21,7 @@ constexpr TileField kFields[] = {
     {"tile_h", &Tile::tile_h, 1, 1024}, {"tile_w", &Tile::tile_w, 1, 65536},     {"images", &Tile::images, 1, 64},
     {"patch_h", &Tile::patch_h, 1, 64}, {"chunk", &Tile::chunk, 1, 1 << 20},     {"warps_m", &Tile::warps_m, 1, 64},
     {"warps_n", &Tile::warps_n, 1, 64}, {"block_n", &Tile::block_n, 0, 1 << 20}, {"split", &Tile::split, 1, 64},
-    {"blocks", &Tile::blocks, 1, 64},   {"resident", &Tile::resident, 0, 1},     {"wgmma", &Tile::wgmma, 0, 1},
+    {"blocks", &Tile::blocks, 1, 64},   {"resident", &Tile::resident, 0, 2},     {"wgmma", &Tile::wgmma, 0, 1},
 };
 
 void set_field(Tile& tile, const std::string& word) {

@@ -238,13 +238,8 @@ struct Input {
   }
   FCM_DEVICE static const char* output_pixel(const Params& p, const T& at, int py, int side) {
     constexpr Window w = S.project_window;
-    if constexpr (w.stride_h == 1 && w.stride_w == 1) {
-      const long long i = at.flat_pixel(L::warp_m(), py, side);
-      return at.flat_exists(p, L::warp_m(), py, side) ? (const char*)p.x + i * (S.c_in * L::kElement) : nullptr;
-    } else {
-      const Pixel q = at.output_pixel(p, L::warp_m(), py, side);
-      return q.valid ? address(p, w, q.n, q.y, q.x, 0) : nullptr;
-    }
+    const Pixel q = at.output_pixel(p, L::warp_m(), py, side);
+    return q.valid ? address(p, w, q.n, q.y, q.x, 0) : nullptr;
   }
   // As load_group, of a pixel's first channel, and as it is.
   template <int DEPTH>

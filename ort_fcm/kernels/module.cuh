@@ -42,7 +42,8 @@ struct Module {
   static constexpr int kBlocks8 = L::kBlocks8;
   static constexpr int kPackedRow = padded_out(S) / 8 * kFragment;  // project's weights of a group
 
-  static constexpr bool kResident = S.tile.resident;
+  // Whether a thread block works through many tiles; and whether its weights stay, or go by once for each.
+  static constexpr bool kResident = S.tile.resident, kStay = weights_stay(S), kGoBy = kResident && !kStay;
   // Whether the next tile's input is fetched while the last chunk of this one is computed.
   static constexpr bool kFetchesAhead = kAhead || (!kFirst && S.depthwise) || kStreams || kPasses;
 
@@ -100,8 +101,12 @@ struct Module {
   Pixel sources[!kFirst && !S.depthwise ? P : 1][2];
   static constexpr bool kScalesStream = kStreams && S.scaled;
   static constexpr bool kStreamsPixels = kStreams && S.project == Dense::pointwise && !S.scaled;
-  const char* source_pixels[kStreamsPixels ? P : 1][2];  // in place of `sources`; null where there is none
-  int factors_of[kScalesStream ? P : 1][2];              // the images of this tile's fragments
+  // In place of `sources`; null where there is none. With a stride of 1 they follow one another: the first, and how
+  // many there are from there on.
+  static constexpr bool kInRow = kStreamsPixels && S.project_window.stride_h == 1 && S.project_window.stride_w == 1;
+  const char* source_pixels[kStreamsPixels && !kInRow ? P : 1][2];
+  int source_rows = 0;
+  int factors_of[kScalesStream ? P : 1][2];  // the images of this tile's fragments
 
   float sums[P][kWarpGroupsN][kBlocks8][4];
   static constexpr bool kMomentsTaken = takes_moments(S);
@@ -140,7 +145,7 @@ struct Module {
     return shared + kExchangeAt + stage(phase + step) * exchange_bytes(S);
   }
   FCM_DEVICE static int stage(int step) { return kStages == 2 ? step & 1 : step % kStages; }
-  FCM_DEVICE static int weight_buffer(int step) { return kResident ? step : stage(step); }
+  FCM_DEVICE int weight_buffer(int step) const { return kStay ? step : stage(kGoBy ? phase + step : step); }
   FCM_DEVICE char* first_buffer(int step) const {
     return shared + kFirstAt + weight_buffer(step) * first_chunk_bytes(S);
   }
@@ -196,11 +201,13 @@ struct Module {
     }
   }
   FCM_DEVICE void copy_project(int step, int turn) const {
+    if (step >= 0 && step < steps) copy_project(chunk(step), step, turn);
+  }
+  FCM_DEVICE void copy_project(int chunk, int step, int turn) const {
     if constexpr (kProject) {
-      if (step < 0 || step >= steps) return;
       constexpr int kRow = block_n(S) / 8 * kFragment;  // of a group, this block's channels
       const char* from =
-          (const char*)p.project_weight + (long long)chunk(step) * kChunkGroups * kPackedRow + block_y() * kRow;
+          (const char*)p.project_weight + (long long)chunk * kChunkGroups * kPackedRow + block_y() * kRow;
       if constexpr (kRow == kPackedRow) {
         copy<kChunkGroups * kRow>(project_buffer(step), from, turn);
       } else {  // the last block may have fewer channels
@@ -217,6 +224,11 @@ struct Module {
       }
     }
   }
+  // Whether a step reads less of a pixel than comes to L2 at once, and one soon after it the rest.
+  static constexpr int kPixelBytes = S.c_in * L::kElement;
+  static constexpr bool kReadsOn =
+      kStreams && S.tile.chunk * L::kElement < kLinesAtOnce && kPixelBytes >= kLinesAtOnce &&
+      (kPixelBytes % kLinesAtOnce == 0 || (S.project_window.stride_h == 1 && S.project_window.stride_w == 1));
   // X itself: the halo region of a chunk where the module starts with a depthwise, the fragments of a lone pointwise.
   // For the tile that find_input found; the buffers are those of `step` of this tile.
   FCM_DEVICE void copy_input(int chunk, int step) const {
@@ -261,14 +273,19 @@ struct Module {
           for (int side = 0; side < 2; ++side) {
             bool valid;
             const char* from;
-            if constexpr (kStreamsPixels) {
+            if constexpr (kInRow) {
+              constexpr int kPixel = S.c_in * L::kElement;
+              valid = py * 16 + side * 8 < source_rows && k < S.c_in;
+              from = source_pixels[0][0] + k * L::kElement + (py * 16 + side * 8) * kPixel;
+            } else if constexpr (kStreamsPixels) {
               valid = source_pixels[py][side] && k < S.c_in, from = source_pixels[py][side] + k * L::kElement;
             } else {
               const Pixel& q = sources[py][side];
               valid = q.valid && k < middle_channels(S);
               from = valid ? In::stream_address(p, q.n, q.y, q.x, k, valid) : nullptr;
             }
-            copy_async(exchange_buffer(step) + exchange_offset(gi, py, side), valid ? from : (const char*)p.x, valid);
+            copy_async<kReadsOn>(exchange_buffer(step) + exchange_offset(gi, py, side), valid ? from : (const char*)p.x,
+                                 valid);
           }
         }
       }
@@ -287,7 +304,11 @@ struct Module {
   }
   // Where this thread's input of a tile lies.
   FCM_DEVICE void find_input(const T& at) {
-    if constexpr (!kFirst && !S.depthwise) {
+    if constexpr (kInRow) {
+      const long long first = at.flat_pixel(L::warp_m(), 0, 0), pixels = (long long)p.out_h * p.out_w * p.batch;
+      source_rows = (int)(pixels - first < flat_pixels(S) ? pixels - first : flat_pixels(S));
+      source_pixels[0][0] = (const char*)p.x + first * (S.c_in * L::kElement);
+    } else if constexpr (!kFirst && !S.depthwise) {
       FCM_UNROLL
       for (int py = 0; py < P; ++py) {
         FCM_UNROLL
@@ -988,7 +1009,8 @@ struct Module {
   template <int COUNT>
   FCM_DEVICE Stored<COUNT> find_stored(int warp, int py, int ng) const {
     const int warp_m = warp % S.tile.warps_m, warp_n = S.tile.warps_n > 1 ? warp / S.tile.warps_m : 0;
-    const int start = blocks_n(S) > 1 ? block_y() * block_n(S) : 0;
+    int start = blocks_n(S) > 1 ? block_y() * block_n(S) : 0;
+    if constexpr (kGoBy) start = anew(start);  // where channels lie would be held in registers beside the products
     Stored<COUNT> to{{Out::find(p, place, warp_m, py, 0), Out::find(p, place, warp_m, py, 1)},
                      warp_m,
                      py,
@@ -1037,7 +1059,7 @@ struct Module {
   }
   // How many groups' biases and residuals are asked for together: one, and the next before it is stored, where sums of
   // Y need registers, or where more than 8 warps leave few.
-  static constexpr bool kFew = S.pool || (S.tile.warps_m > 8 && S.tile.wgmma && !S.residual);
+  static constexpr bool kFew = S.pool || (S.tile.wgmma && (kGoBy || (S.tile.warps_m > 8 && !S.residual)));
   static constexpr int row_groups(int ng) { return min(kWarpGroupsN - ng, kFew ? 1 : 4); }
   // Adds the sums of the cluster's blocks. A unit, a group's products of 16 pixels, goes to the block that stores it.
   FCM_DEVICE void reduce_and_store(bool more) {
@@ -1116,6 +1138,16 @@ struct Module {
            L::row() * 16;
   }
 
+  // Copies what `step` of `tile` multiplies or, where that is beyond its last, a step of a tile that follows it.
+  FCM_DEVICE void copy_on(int tile, int last, int step) {
+    const int ahead = step / steps, of = step - ahead * steps, turn = phase + step;
+    if (tile + ahead > last) return;
+    if (of == 0) find_input(T(p, tile + ahead));
+    copy_project(chunk(of), step, turn);
+    all_asked_for(turn);
+    copy_input(chunk(of), step);
+  }
+
   // Fetches the input of a tile whose first step takes the buffers of `step` of this one.
   FCM_DEVICE void fetch_input(const T& at, int step) {
     if constexpr (stages_input(S)) {
@@ -1138,8 +1170,9 @@ struct Module {
       *(Vec*)(shared + kHaloAt + i) = Vec{};
   }
 
-  // The chunks of a tile. `next`: the tile after it, if there is `more`.
-  FCM_DEVICE void walk(const T& next, bool more) {
+  // The chunks of `tile`. Others follow up to `last`, of which `next` is the first.
+  FCM_DEVICE void walk(const T& next, int tile, int last) {
+    const bool more = kResident && tile < last;
     if constexpr (kProject) {
       FCM_UNROLL
       for (int py = 0; py < P; ++py) FCM_UNROLL
@@ -1153,7 +1186,11 @@ struct Module {
     }
     if constexpr (kScalesStream) {
       FCM_UNROLL
-      for (int py = 0; py < P; ++py) factors_of[py][0] = sources[py][0].n, factors_of[py][1] = sources[py][1].n;
+      for (int py = 0; py < P; ++py) {
+        FCM_UNROLL
+        for (int side = 0; side < 2; ++side)  // what is copied may be of another tile already
+          factors_of[py][side] = kGoBy ? place.output_pixel(p, L::warp_m(), py, side).n : sources[py][side].n;
+      }
     }
     if constexpr (kWgmma && kAhead > 0) {
       copy_async_wait<0>();
@@ -1167,7 +1204,7 @@ struct Module {
     }
     for (int step = 0; step < steps + kLag; ++step) {
       copy_async_wait<kEarly - 1>();
-      if (kResident ? !kAhead && phase + step == 0 : !kAhead || step > 0) wait_for_weights(step);
+      if (kStay ? !kAhead && phase + step == 0 : !kAhead || step > 0) wait_for_weights(kGoBy ? phase + step : step);
       if constexpr (kApart) {
         multiply_apart(step);
       } else {
@@ -1177,7 +1214,9 @@ struct Module {
         if constexpr (kMultipliesFirst) multiply(step);
       }
       if constexpr (!kResident) copy_weights(step + kEarly);
-      if (step + kEarly < steps) {
+      if constexpr (kGoBy) {
+        copy_on(tile, last, step + kEarly);
+      } else if (step + kEarly < steps) {
         if constexpr (!kFirst) copy_input(chunk(step + kEarly), step + kEarly);
       } else if (kFetchesAhead && (!kLoadsAhead || kOneStep) && step + 1 == steps && (kLoadsAhead || more)) {
         fetch_input(next, steps);
@@ -1218,7 +1257,7 @@ struct Module {
         for (int i = 0; i < kStages; ++i) bulk_init(arrivals(i));
       block_sync();
     }
-    if constexpr (kResident) {
+    if constexpr (kStay) {
       for (int i = 0; i < steps; ++i) copy_first(i, 0), copy_depthwise(i, 0), copy_project(i, 0);
       all_asked_for(0);
     } else {
@@ -1231,10 +1270,15 @@ struct Module {
     wait_for_earlier_kernels();
     fetch_input(place, 0);
     copy_async_commit();
+    const int first = kResident ? first_tile_of(block_x()) : 0, last = kResident ? first_tile_of(block_x() + 1) - 1 : 0;
     FCM_UNROLL
     for (int i = 1; i < kEarly; ++i) {
-      copy_weights(i);
-      if (i < steps) copy_input(chunk(i), i);
+      if constexpr (kGoBy) {
+        copy_on(first, last, i);
+      } else {
+        copy_weights(i);
+        if (i < steps) copy_input(chunk(i), i);
+      }
       copy_async_commit();
     }
     if constexpr (kPlaced) {
@@ -1242,12 +1286,11 @@ struct Module {
       if constexpr (kAhead > 0) wait_for_weights(0);
       block_sync();
     }
-    const int last = kResident ? first_tile_of(block_x() + 1) - 1 : 0;
-    for (int tile = kResident ? first_tile_of(block_x()) : 0;; ++tile) {
+    for (int tile = first;; ++tile) {
       const bool more = kResident && tile < last;
       T next = more ? place.next(p, tile + 1) : place;
       if constexpr (stages_input(S)) load_first_input(place);
-      walk(next, more);
+      walk(next, tile, last);
       if (!more) break;
       if constexpr (stages_input(S) && !kPasses) next = place.next(p, anew(tile + 1));  // in fewer registers
       phase += steps;

@@ -75,7 +75,7 @@ struct Output {
         else
           r[i] = float_bits(x[i]);
       }
-      if (valid) store_words(r, (char*)p.y + at * L::kElement);
+      if (valid) store_away((char*)p.y + at * L::kElement, r);
     } else {
       FCM_UNROLL
       for (int i = 0; i < COUNT; ++i) {
@@ -108,14 +108,12 @@ struct Output {
     const HalfVec v = *(const HalfVec*)from;
     r[0] = v.r[0], r[1] = v.r[1];
   }
-  FCM_DEVICE static void store_words(const u32 (&r)[4], char* to) { *(Vec*)to = Vec{{r[0], r[1], r[2], r[3]}}; }
-  FCM_DEVICE static void store_words(const u32 (&r)[2], char* to) { *(HalfVec*)to = HalfVec{{r[0], r[1]}}; }
 
   // A group of a depthwise that ends the module.
   static constexpr bool kWholeGroups = packed_groups(S) * L::kGroup == S.c_out;  // all that are computed are Y's
   FCM_DEVICE static void store_vector(const Params& p, const Place& q, int c, const Vec& v) {
     if constexpr (!S.residual && vectors(L::kLane)) {
-      if (q.valid && (kWholeGroups || c < S.c_out)) *(Vec*)((char*)p.y + (q.at + c) * L::kElement) = v;
+      if (q.valid && (kWholeGroups || c < S.c_out)) store_away((char*)p.y + (q.at + c) * L::kElement, v.r);
     } else {
       float x[L::kLane];
       L::unpack(x, v);
@@ -130,7 +128,7 @@ struct Output {
   template <int COUNT>
   struct Ahead {
     float bias[COUNT][L::kLane];
-    u32 whole[COUNT][2][4], half[COUNT][2][2];
+    u32 residual[COUNT][2][4];  // half of them then, too
   };
   template <int COUNT>
   FCM_DEVICE static Ahead<COUNT> load_ahead(const Params& p, const Place (&q)[2], int base, int end) {
@@ -152,9 +150,9 @@ struct Output {
       FCM_UNROLL
       for (int side = 0; side < 2; ++side) {
         if (in_half)
-          load_residual<L::kLane / 2>(p, q[side], c, ahead.half[g][side]);
+          load_residual<L::kLane / 2>(p, q[side], c, first_half(ahead.residual[g][side]));
         else
-          load_residual<L::kLane>(p, q[side], c, ahead.whole[g][side]);
+          load_residual<L::kLane>(p, q[side], c, ahead.residual[g][side]);
       }
     }
     return ahead;
@@ -169,28 +167,28 @@ struct Output {
       const int first = base + g * L::kGroup;
       if (first >= end) continue;
       if (ends_in_half(first))
-        store_pixels(p, q, first, c[g], ahead.bias[g], ahead.half[g], pool);
+        store_pixels<L::kLane / 2>(p, q, first, c[g], ahead.bias[g], ahead.residual[g], pool);
       else
-        store_pixels(p, q, first, c[g], ahead.bias[g], ahead.whole[g], pool);
+        store_pixels<L::kLane>(p, q, first, c[g], ahead.bias[g], ahead.residual[g], pool);
     }
   }
   FCM_DEVICE static bool ends_in_half(int base) {
     return padded_out(S) % L::kGroup && base + L::kGroup > padded_out(S);
   }
-  template <int WORDS, class Pool>
+  FCM_DEVICE static u32 (&first_half(u32 (&r)[4]))[2] { return *(u32(*)[2])r; }
+  template <int COUNT, class Pool>
   FCM_DEVICE static void store_pixels(const Params& p, const Place (&q)[2], int base, const float (&c)[L::kBlocks8][4],
-                                      const float (&bias)[L::kLane], u32 (&r)[2][WORDS], Pool pool) {
-    constexpr int kCount = WORDS * 4 / L::kElement;
+                                      const float (&bias)[L::kLane], u32 (&r)[2][4], Pool pool) {
     constexpr Act act = S.project_act;
-    const int first = base + L::column() * kCount;
-    float x[2][kCount], slope[kCount] = {};
+    const int first = base + L::column() * COUNT;
+    float x[2][COUNT], slope[COUNT] = {};
     if constexpr (act.kind == Activation::prelu) load_vector(slope, p.project_slope + first);
     FCM_UNROLL
     for (int side = 0; side < 2; ++side) {
       FCM_UNROLL
-      for (int i = 0; i < kCount; ++i)
+      for (int i = 0; i < COUNT; ++i)
         x[side][i] = activate<L::kHalf>(act, c[i / 2][2 * side + i % 2] + bias[i], slope[i]);
-      store<kCount>(p, q[side], first, x[side], r[side]);
+      store<COUNT>(p, q[side], first, x[side], *(u32(*)[COUNT * L::kElement / 4]) r[side]);
     }
     if constexpr (S.pool) pool(x, first);
   }

@@ -105,17 +105,36 @@ FCM_DEVICE void load_if(u32 (&r)[4], const void* from, bool valid) {
       : "l"(from), "r"((u32)valid));
 }
 
+// 16 and 8 bytes that no thread block reads again, which need not stay in L1.
+FCM_DEVICE void store_away(void* to, const u32 (&r)[4]) {
+  asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(r[0]), "r"(r[1]), "r"(r[2]),
+               "r"(r[3])
+               : "memory");
+}
+FCM_DEVICE void store_away(void* to, const u32 (&r)[2]) {
+  asm volatile("st.global.L1::no_allocate.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(r[0]), "r"(r[1]) : "memory");
+}
+
 // `x` of the lane whose number differs in the bits of `mask`; all lanes of the warp must be here.
 FCM_DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(~0u, x, mask); }
 
 // ---- Asynchronous copies to shared memory (plain ones before sm_80)
 
-// 16 bytes; zeros if not `valid`.
+constexpr int kLinesAtOnce = 256;  // bytes
+
+// 16 bytes; zeros if not `valid`. READS_ON: all of the kLinesAtOnce bytes among which they lie come to L2, as they are
+// read soon.
+template <bool READS_ON = false>
 FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
 #if __CUDA_ARCH__ >= 800
   const u32 address = (u32)__cvta_generic_to_shared(shared);
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0)
-               : "memory");
+  if constexpr (READS_ON)
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  else
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
 #else
   *(Vec*)shared = valid ? *(const Vec*)global : Vec{};
 #endif

@@ -250,6 +250,12 @@ FCM_DEVICE void load_if(u32 (&r)[WORDS], const void* from, bool valid) {
   if (valid) std::memcpy(r, from, sizeof r);
 }
 
+template <int WORDS>
+FCM_DEVICE void store_away(void* to, const u32 (&r)[WORDS]) {
+  if ((std::uintptr_t)to % sizeof r) std::abort();  // misaligned
+  std::memcpy(to, r, sizeof r);
+}
+
 // `x`, in a register that is its own: ptxas would copy an operand of several products in front of each of them, since
 // the registers of an operand must be neighbours. `zero` must be, but not be known to be.
 FCM_DEVICE u32 pinned(u32 x, u32 zero) { return x ^ zero; }
@@ -283,6 +289,8 @@ FCM_DEVICE float shuffle_xor(float x, int mask) {
   return other;
 }
 
+constexpr int kLinesAtOnce = 256;
+template <bool READS_ON = false>
 FCM_DEVICE void copy_async(void* shared, const void* global, bool valid = true) {
   cpu::self().copies.back().push_back({shared, global, 16, valid});
 }

@@ -60,8 +60,9 @@ struct Tile {
   int block_n = 0;             // output channels a thread block computes; 0: all
   int split = 1;               // thread blocks of a cluster that share the middle channels (sm_90 and later)
   int blocks = 1;              // thread blocks an SM should hold: bounds the registers of a thread
-  int resident = 0;            // 1: all weights stay in shared memory, and a thread block works through many tiles
-  int wgmma = 0;               // 1: four warps multiply 64 pixels at once, from shared memory (sm_90a, not float32)
+  int resident = 0;  // 1, 2: a thread block works through many tiles; all weights stay in shared memory, or (2,
+                     // of a lone convolution with wgmma) go by once for each tile
+  int wgmma = 0;     // 1: four warps multiply 64 pixels at once, from shared memory (sm_90a, not float32)
 };
 
 struct Spec {
@@ -134,6 +135,7 @@ constexpr bool is_strip(const Spec& s) {
 
 // ---- Threads
 
+constexpr bool weights_stay(const Spec& s) { return s.tile.resident == 1; }
 constexpr int warps(const Spec& s) { return s.tile.warps_m * s.tile.warps_n; }
 constexpr int threads(const Spec& s) { return 32 * warps(s); }
 
@@ -256,7 +258,7 @@ constexpr bool from_registers(const Spec& s) {
 // stay. One that reads pixels from shared memory takes two barriers of its own instead, which alone would be the
 // slower.
 constexpr bool warpgroups_apart(const Spec& s) {
-  return s.tile.wgmma && streams_input(s) && s.tile.resident && s.tile.warps_n == 1 &&
+  return s.tile.wgmma && streams_input(s) && weights_stay(s) && s.tile.warps_n == 1 &&
          (from_registers(s) || s.tile.warps_m > 4);
 }
 
@@ -342,7 +344,7 @@ constexpr int block_chunks(const Spec& s) {
   return has_project(s) ? ceil_div(chunks(s), s.tile.split) : ceil_div(block_n(s), s.tile.chunk);
 }
 // Buffers of what a step copies: two, or three where products of warpgroups alone cannot hide a copy.
-constexpr int stages(const Spec& s) { return streams_input(s) && s.tile.wgmma && !s.tile.resident ? 3 : 2; }
+constexpr int stages(const Spec& s) { return streams_input(s) && s.tile.wgmma && !weights_stay(s) ? 3 : 2; }
 // The means of a lone pointwise's input, of all channels that a thread block multiplies: of each group of them, 64
 // bytes an image in row blocks. And what threads that share a sum give to one another.
 constexpr int mean_rows(const Spec& s) { return round_up(s.tile.images, 8); }
@@ -356,7 +358,7 @@ constexpr bool one_buffer(const Spec& s) {
   return chain && block_chunks(s) == 1 && (!s.tile.resident || stages_input(s));
 }
 constexpr int buffers(const Spec& s) { return one_buffer(s) && !s.tile.resident ? 1 : stages(s); }
-constexpr int weight_buffers(const Spec& s) { return s.tile.resident ? block_chunks(s) : buffers(s); }
+constexpr int weight_buffers(const Spec& s) { return weights_stay(s) ? block_chunks(s) : buffers(s); }
 constexpr int halo_buffers(const Spec& s) { return one_buffer(s) ? 1 : 2; }
 // The reduction comes after all of it, in its place, unless there are tiles to follow.
 constexpr int working_bytes(const Spec& s) {
@@ -529,8 +531,10 @@ constexpr const char* illegal(const Spec& s) {
   if (t.split != 1 && t.split != 2 && t.split != 4 && t.split != 8) return "split must be 1, 2, 4 or 8";
   if (t.split > 1 && !has_project(s)) return "split needs a project";
   if (t.split > chunks(s)) return "split must not exceed the chunks";
-  if (t.resident != 0 && t.resident != 1) return "resident must be 0 or 1";
+  if (t.resident < 0 || t.resident > 2) return "resident must be 0, 1 or 2";
   if (t.wgmma != 0 && t.wgmma != 1) return "wgmma must be 0 or 1";
+  if (t.resident == 2 && (!t.wgmma || !streams_input(s) || t.split > 1))
+    return "resident = 2 needs wgmma, a lone convolution of vectors of channels, and no split";
   if (t.wgmma && s.type == Type::float32) return "wgmma needs float16 or TF32";
   const bool loads = s.first != Dense::none && !s.depthwise;  // X, and does not copy it
   if (t.wgmma && !loads && (s.mean || (s.scaled && !streams_input(s)) || (normalises(s) && s.first != Dense::none)))

@@ -212,6 +212,7 @@ def cases(seed: int, random_cases: int) -> list[Case]:
         drawn.append(next(case for case in flagged if wanted <= set(case.fields)))
     drawn += [warpgroups(rng, chain, "tf32") for chain in WARPGROUP_CHAINS]
     drawn += [_apart(rng, type_) for type_ in ("float16", "tf32")]
+    drawn += [_going_by(rng, chain, type_) for chain in ("pw", "conv") for type_ in ("float16", "tf32")]
     drawn += [_fewer_images(rng, chain) for chain in ("mean-pw", "mean-pw-pw") * 2]
     return drawn + [draw(rng, rng.choice(CHAINS), rng.choice(TYPES)) for _ in range(random_cases)]
 
@@ -225,6 +226,17 @@ def _apart(rng: random.Random, type_: str) -> Case:
     channels = {"c_in": str(5 * group - 8), "c_mid": str(5 * group - 8), "tile.chunk": str(group)}
     fields = tuple((dict(case.fields) | channels).items())
     return replace(case, fields=fields, height=case.height + 12, width=case.width + 12)
+
+
+def _going_by(rng: random.Random, chain: str, type_: str) -> Case:
+    """A lone convolution of many tiles a thread block, in one step or several, whose weights go by for each."""
+    group = 32 if type_ == "float16" else 16
+    while (fields := dict((case := warpgroups(rng, chain, type_)).fields))["input_nchw"] == "true":
+        pass
+    c_in = str(rng.choice((group // 4, group, 5 * group - 8) if chain == "pw" else (group, 2 * group)))
+    fields |= {"c_in": c_in, "c_mid": c_in, "tile.split": "1", "tile.resident": "2"}
+    fields["tile.chunk"] = str(group * int(fields["tile.warps_n"]) * rng.choice((1, 2)))
+    return replace(case, fields=tuple(fields.items()), height=case.height + 12, width=case.width + 12)
 
 
 def _fewer_images(rng: random.Random, chain: str) -> Case:
