@@ -65,7 +65,7 @@ struct Module {
   static constexpr int kStagedAt = kHaloAt + halo_buffers(S) * halo_bytes(S);
   static constexpr int kPlacesAt = kStagedAt + staged_bytes(S);
   static constexpr int kDepthwiseAt = kPlacesAt + places_bytes(S);
-  static constexpr int kArrivalsAt = arrivals_at(S);
+  static constexpr int kArrivalsAt = arrivals_at(S), kGivenUpAt = kArrivalsAt + 32;
 
   const Params& p;
   char* const shared;
@@ -164,9 +164,9 @@ struct Module {
 
   // Weights: where the hardware can, one thread asks for all of them.
   template <int BYTES>
-  FCM_DEVICE void copy(char* to, const void* from, int turn) const {
+  FCM_DEVICE void copy(char* to, const void* from, int turn, bool asks = thread_index() == 0) const {
     if constexpr (kBulkCopies) {
-      if (thread_index() == 0) bulk_copy(to, from, BYTES, arrivals(turn));
+      if (asks) bulk_copy(to, from, BYTES, arrivals(turn));
     } else {
       FCM_UNROLL
       for (int i = 0; i < BYTES; i += kThreads * 16) {
@@ -201,21 +201,21 @@ struct Module {
     }
   }
   FCM_DEVICE void copy_project(int step, int turn) const {
-    if (step >= 0 && step < steps) copy_project(chunk(step), step, turn);
+    if (step >= 0 && step < steps) copy_project(chunk(step), step, turn, thread_index() == 0);
   }
-  FCM_DEVICE void copy_project(int chunk, int step, int turn) const {
+  FCM_DEVICE void copy_project(int chunk, int step, int turn, bool asks) const {
     if constexpr (kProject) {
       constexpr int kRow = block_n(S) / 8 * kFragment;  // of a group, this block's channels
       const char* from =
           (const char*)p.project_weight + (long long)chunk * kChunkGroups * kPackedRow + block_y() * kRow;
       if constexpr (kRow == kPackedRow) {
-        copy<kChunkGroups * kRow>(project_buffer(step), from, turn);
+        copy<kChunkGroups * kRow>(project_buffer(step), from, turn, asks);
       } else {  // the last block may have fewer channels
         const int bytes = min(kRow, kPackedRow - block_y() * kRow);
         for (int gi = 0; gi < kChunkGroups; ++gi) {
           char* to = project_buffer(step) + gi * kRow;
           if constexpr (kBulkCopies) {
-            if (thread_index() == 0) bulk_copy(to, from + gi * kPackedRow, bytes, arrivals(turn));
+            if (asks) bulk_copy(to, from + gi * kPackedRow, bytes, arrivals(turn));
           } else {
             for (int i = thread_index() * 16; i < bytes; i += kThreads * 16)
               copy_async(to + i, from + gi * kPackedRow + i);
@@ -338,9 +338,9 @@ struct Module {
   }
   FCM_DEVICE char* arrivals(int turn) const { return shared + kArrivalsAt + stage(turn) * 8; }
   FCM_DEVICE char* received() const { return shared + kArrivalsAt + 3 * 8; }  // of a reduction
-  FCM_DEVICE void all_asked_for(int turn) const {
+  FCM_DEVICE void all_asked_for(int turn, bool asks = thread_index() == 0) const {
     if constexpr (kBulkCopies)
-      if (thread_index() == 0) bulk_asked_for(arrivals(turn));
+      if (asks) bulk_asked_for(arrivals(turn));
   }
   FCM_DEVICE void wait_for_weights(int turn) const {
     if constexpr (kBulkCopies) bulk_wait(arrivals(turn), turn / kStages & 1);
@@ -828,13 +828,14 @@ struct Module {
   }
 
   // The same where warpgroups are apart; of the step before, products are done and its copies' places free.
-  FCM_DEVICE void multiply_apart(int step) {
+  FCM_DEVICE void multiply_apart(int step, int tile, int last) {
     if constexpr (!kFromRegisters) {  // else a lane multiplies what it has copied itself
       wgmma_reads();
       warpgroup_sync();
     }
     start_project(step);
     wgmma_wait_for_operands<1>();
+    if (step > 0) give_up(tile, last, step - 1);
     if constexpr (!kFromRegisters) warpgroup_sync();
   }
 
@@ -1138,13 +1139,27 @@ struct Module {
            L::row() * 16;
   }
 
+  // Weights that `step` of `tile` multiplies or, where that is beyond its last, a step of a tile that follows it.
+  FCM_DEVICE void copy_weights_on(int tile, int last, int step, bool asks) const {
+    const int ahead = step / steps, turn = phase + step;
+    if (tile + ahead > last) return;
+    copy_project(chunk(step - ahead * steps), step, turn, asks);
+    all_asked_for(turn, asks);
+  }
+  // This warp has multiplied what `step` of `tile` copied.
+  FCM_DEVICE void give_up(int tile, int last, int step) const {
+    if constexpr (kApart && kGoBy) {
+      if (L::lane() == 0 && is_last(shared + kGivenUpAt + stage(phase + step) * 4, warps(S)))
+        copy_weights_on(tile, last, step + kStages, true);
+      warp_sync();
+    }
+  }
   // Copies what `step` of `tile` multiplies or, where that is beyond its last, a step of a tile that follows it.
   FCM_DEVICE void copy_on(int tile, int last, int step) {
-    const int ahead = step / steps, of = step - ahead * steps, turn = phase + step;
+    const int ahead = step / steps, of = step - ahead * steps;
     if (tile + ahead > last) return;
     if (of == 0) find_input(T(p, tile + ahead));
-    copy_project(chunk(of), step, turn);
-    all_asked_for(turn);
+    if constexpr (!kApart) copy_weights_on(tile, last, step, thread_index() == 0);
     copy_input(chunk(of), step);
   }
 
@@ -1206,7 +1221,7 @@ struct Module {
       copy_async_wait<kEarly - 1>();
       if (kStay ? !kAhead && phase + step == 0 : !kAhead || step > 0) wait_for_weights(kGoBy ? phase + step : step);
       if constexpr (kApart) {
-        multiply_apart(step);
+        multiply_apart(step, tile, last);
       } else {
         if constexpr (kMultipliesFirst) wgmma_wait<0>(sums);
         if constexpr (kWgmma) wgmma_reads();
@@ -1238,6 +1253,7 @@ struct Module {
         if (step >= kLag) project_exchanged(step - kLag);
     }
     if constexpr (kMultipliesFirst) wgmma_wait<0>(sums);
+    give_up(tile, last, steps - 1);
     if constexpr (kLoadsAhead && !kOneStep) fetch_input(next, steps);
     if constexpr (S.tile.split > 1)
       reduce_and_store(more);
@@ -1246,6 +1262,7 @@ struct Module {
   }
 
   FCM_DEVICE void run() {
+    const int first = kResident ? first_tile_of(block_x()) : 0, last = kResident ? first_tile_of(block_x() + 1) - 1 : 0;
     // Weights do not depend on the kernels before this one; inputs do.
     let_next_kernel_start();
     if constexpr (S.tile.split > 1) {
@@ -1255,6 +1272,7 @@ struct Module {
     if constexpr (kBulkCopies) {
       if (thread_index() == 0)
         for (int i = 0; i < kStages; ++i) bulk_init(arrivals(i));
+      if (kApart && kGoBy && thread_index() < kStages) *(u32*)(shared + kGivenUpAt + thread_index() * 4) = 0;
       block_sync();
     }
     if constexpr (kStay) {
@@ -1263,6 +1281,8 @@ struct Module {
     } else {
       if constexpr (kAhead > 0) copy_first(0, 0);
       copy_weights(0);
+      if constexpr (kApart)
+        for (int i = 1; i < kStages; ++i) copy_weights_on(first, last, i, thread_index() == 0);
     }
     if (kAhead > 0 && place.crosses_border()) clear_halo();
     find_first_input(place);
@@ -1270,7 +1290,6 @@ struct Module {
     wait_for_earlier_kernels();
     fetch_input(place, 0);
     copy_async_commit();
-    const int first = kResident ? first_tile_of(block_x()) : 0, last = kResident ? first_tile_of(block_x() + 1) - 1 : 0;
     FCM_UNROLL
     for (int i = 1; i < kEarly; ++i) {
       if constexpr (kGoBy) {

@@ -36,6 +36,15 @@ FCM_DEVICE int grid_x() { return gridDim.x; }
 FCM_DEVICE void block_sync() { __syncthreads(); }
 FCM_DEVICE void warp_sync() { __syncwarp(); }
 FCM_DEVICE void warpgroup_sync() { asm volatile("bar.sync %0, 128;" ::"r"(threadIdx.x / 128 + 1) : "memory"); }
+// Whether this thread is the last of `all` to come here, of as many each time: what the others did before is done.
+FCM_DEVICE bool is_last(char* counter, int all) {
+  u32 before;
+  asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "r"((u32)__cvta_generic_to_shared(counter)), "r"(all - 1)
+               : "memory");
+  return before + 1 == (u32)all;
+}
 // What is the same in all lanes of a warp, so that the compiler knows.
 FCM_DEVICE int warp_uniform(int x) { return __shfl_sync(~0u, x, 0); }
 

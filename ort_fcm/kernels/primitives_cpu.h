@@ -235,6 +235,12 @@ FCM_DEVICE void wait_for_earlier_kernels() {}
 FCM_DEVICE void block_sync() { cpu::pass(cpu::self().block->gate); }
 FCM_DEVICE void warp_sync() { cpu::pass(cpu::warp().gate); }
 FCM_DEVICE void warpgroup_sync() { cpu::pass(cpu::self().block->warpgroups.at(cpu::self().thread / 128)); }
+FCM_DEVICE bool is_last(char* counter, int all) {
+  u32& count = *(u32*)counter;
+  ++cpu::machine.progress;
+  count = count + 1 == (u32)all ? 0 : count + 1;
+  return count == 0;
+}
 FCM_DEVICE int warp_uniform(int x) { return x; }
 FCM_DEVICE char* shared_memory() { return cpu::self().block->shared; }
 

@@ -254,11 +254,11 @@ constexpr bool from_registers(const Spec& s) {
   return s.tile.wgmma && streams_input(s) && (s.type == Type::tf32 || s.scaled);
 }
 
-// Whether warpgroups need no barrier of all in a step: each multiplies what it has copied itself, with weights that
-// stay. One that reads pixels from shared memory takes two barriers of its own instead, which alone would be the
-// slower.
+// Whether warpgroups need no barrier of all in a step: each multiplies what it has copied itself, and where weights do
+// not stay, the last warp to give up a place asks for what comes there next. One that reads pixels from shared memory
+// takes two barriers of its own instead, which alone would be the slower.
 constexpr bool warpgroups_apart(const Spec& s) {
-  return s.tile.wgmma && streams_input(s) && weights_stay(s) && s.tile.warps_n == 1 &&
+  return s.tile.wgmma && streams_input(s) && s.tile.resident && s.tile.warps_n == 1 &&
          (from_registers(s) || s.tile.warps_m > 4);
 }
 
@@ -368,7 +368,7 @@ constexpr int working_bytes(const Spec& s) {
 }
 constexpr int reduction_at(const Spec& s) { return s.tile.resident ? working_bytes(s) : 0; }
 // Barriers of 8 bytes: one a stage, at which asynchronous copies of weights arrive, and the fourth for what a cluster's
-// blocks send.
+// blocks send; and where weights go by, for each stage how many warps have given it up.
 constexpr int arrivals_at(const Spec& s) { return max(working_bytes(s), reduction_at(s) + reduction_bytes(s)); }
 // ---- Pool: a row of sums for every warp that has pixels of a tile; behind a project, for every 16 pixels of a warp;
 // of a strip, for every patch.
@@ -408,7 +408,9 @@ constexpr int strip_words(const Spec& s) {
 constexpr int strip_lanes(const Spec& s) { return ceil_div(strip_all_words(s), strip_words(s)); }
 constexpr int strip_patches(const Spec& s) { return threads(s) / strip_lanes(s); }
 
-constexpr int shared_bytes(const Spec& s) { return is_gate(s) ? gate_bytes(s) : is_strip(s) ? 0 : arrivals_at(s) + 32; }
+constexpr int shared_bytes(const Spec& s) {
+  return is_gate(s) ? gate_bytes(s) : is_strip(s) ? 0 : arrivals_at(s) + (s.tile.resident == 2 ? 48 : 32);
+}
 
 // ---- Launch
 

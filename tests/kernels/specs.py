@@ -211,19 +211,20 @@ def cases(seed: int, random_cases: int) -> list[Case]:
         wanted = {tuple(option.split("=")) for option in options}
         drawn.append(next(case for case in flagged if wanted <= set(case.fields)))
     drawn += [warpgroups(rng, chain, "tf32") for chain in WARPGROUP_CHAINS]
-    drawn += [_apart(rng, type_) for type_ in ("float16", "tf32")]
+    drawn += [_apart(rng, type_, resident) for type_ in ("float16", "tf32") for resident in ("1", "2")]
     drawn += [_going_by(rng, chain, type_) for chain in ("pw", "conv") for type_ in ("float16", "tf32")]
     drawn += [_fewer_images(rng, chain) for chain in ("mean-pw", "mean-pw-pw") * 2]
     return drawn + [draw(rng, rng.choice(CHAINS), rng.choice(TYPES)) for _ in range(random_cases)]
 
 
-def _apart(rng: random.Random, type_: str) -> Case:
+def _apart(rng: random.Random, type_: str, resident: str) -> Case:
     """A lone pointwise of several steps, whose warpgroups have nothing to wait for but their own copies."""
     wanted = {"tile.resident": "1", "tile.warps_m": "8", "tile.warps_n": "1", "input_nchw": "false"}
     while wanted.items() - dict((case := warpgroups(rng, "pw", type_)).fields).items():
         pass
     group = 32 if type_ == "float16" else 16
-    channels = {"c_in": str(5 * group - 8), "c_mid": str(5 * group - 8), "tile.chunk": str(group)}
+    channels = {"tile.resident": resident, "tile.split": "1" if resident == "2" else dict(case.fields)["tile.split"]}
+    channels |= {"c_in": str(5 * group - 8), "c_mid": str(5 * group - 8), "tile.chunk": str(group)}
     fields = tuple((dict(case.fields) | channels).items())
     return replace(case, fields=fields, height=case.height + 12, width=case.width + 12)
 
