@@ -317,7 +317,9 @@ def launch(args: argparse.Namespace) -> None:
             y = written(seg)
             height, width = map_of(seg)
             sums = seg.element * seg.batch * shape["pool_rows"] * seg.c_out
-            sizes = {n: shape[n] for n in ("mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y", "pool_rows")}
+            sizes = {
+                n: shape[n] for n in ("mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y", "pool_rows", "tiles")
+            }
             params = Params(
                 x=allocate(seg.element * math.prod(x_shape(seg))), y=allocate(y),
                 residual=allocate(y) if seg.residual else None,

@@ -62,8 +62,9 @@ extern "C" {{
 void launch_of(int k, long long batch, long long h, long long w, int sms, int held, long long* out) {{
   const fcm::Launch l = fcm::launch(specs[k], batch, h, w, sms, held);
   const long long values[] = {{l.grid_x, l.grid_y, l.grid_z, l.threads, l.shared_bytes, l.mid_h, l.mid_w, l.out_h,
-                               l.out_w, l.tiles_x, l.tiles_y, l.pool_rows, (long long)sizeof(fcm::Params)}};
-  for (int i = 0; i < 13; ++i) out[i] = values[i];
+                               l.out_w, l.tiles_x, l.tiles_y, l.pool_rows, l.tiles,
+                               (long long)sizeof(fcm::Params)}};
+  for (int i = 0; i < 14; ++i) out[i] = values[i];
 }}
 long long packed_bytes(int k, int stage) {{
   const fcm::Spec& s = specs[k];
@@ -92,6 +93,8 @@ class Params(ctypes.Structure):
         ("scale", ctypes.c_void_p),
         ("pool", ctypes.c_void_p),
         ("pool_rows", ctypes.c_int),
+        ("tiles", ctypes.c_int),
+        ("backward", ctypes.c_int),
     ]  # fmt: skip
 
 
@@ -145,11 +148,12 @@ class Host:
     def launch(self, k: int, case: Case, sms: int, held: int = 0) -> dict[str, int]:
         """The launch of module `k` on a GPU of `sms` multiprocessors that have room for `held` thread blocks each, by
         the names of fcm::Launch."""
-        out = (ctypes.c_longlong * 13)()
+        out = (ctypes.c_longlong * 14)()
         sizes = [ctypes.c_longlong(v) for v in (case.batch, case.h, case.w)]
         self.library.launch_of(k, *sizes, ctypes.c_int(sms), ctypes.c_int(held), out)
         names = (
-            "grid_x grid_y grid_z threads shared_bytes mid_h mid_w out_h out_w tiles_x tiles_y pool_rows params_bytes"
+            "grid_x grid_y grid_z threads shared_bytes mid_h mid_w out_h out_w tiles_x tiles_y pool_rows tiles"
+            " params_bytes"
         ).split()
         launch = dict(zip(names, map(int, out), strict=True))
         if launch["params_bytes"] != ctypes.sizeof(Params):
@@ -314,7 +318,7 @@ class Bench:
         """us (None without replays), error, deviations, blocks, grid and threads of this module compiled as `cubin`."""
         cuda = self.cuda
         function, module = cuda.function(cubin, "fcm_module", launch["shared_bytes"])
-        sizes = {n: launch[n] for n in ("mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y", "pool_rows")}
+        sizes = {n: launch[n] for n in ("mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y", "pool_rows", "tiles")}
         rows_shape = (self.case.batch, launch["pool_rows"], 1, self.case.stages[-1].c_out)
         rows_bytes = int(np.prod(rows_shape)) * self.case.storage.itemsize
         pool = self._allocate(rows_bytes) if self.case.pool else 0

@@ -1,11 +1,19 @@
 #include "launch.h"
 
+#include <atomic>
 #include <climits>
 
 #include "error.h"
 
 namespace fcm {
 namespace {
+
+// Every second kernel works from the end of its tensors to their start: what the one before it wrote last, L2 still
+// holds.
+int backward() {
+  static std::atomic<unsigned> launches{0};
+  return int(launches.fetch_add(1, std::memory_order_relaxed) & 1);
+}
 
 void check_aligned(const void* data, const char* name) {
   if (reinterpret_cast<uintptr_t>(data) % 16) fail(name, " does not start at a multiple of 16 bytes");
@@ -51,10 +59,11 @@ void launch_module(const Gpu& gpu, const Spec& spec, const CallShape& shape, Map
 
   const Launch l = launch(spec, shape.batch, in.height, in.width, gpu.multiprocessors, kernel.held());
   const bool many = double(l.tiles_x) * l.tiles_y * double(shape.batch) > INT_MAX;  // thread blocks count tiles
-  if (many || l.grid_x > INT_MAX || l.grid_y > 65535) fail("the call needs more thread blocks than a launch has");
+  if (many || l.tiles > INT_MAX || l.grid_y > 65535) fail("the call needs more thread blocks than a launch has");
   params.batch = int(shape.batch), params.in_h = int(in.height), params.in_w = int(in.width);
   params.mid_h = l.mid_h, params.mid_w = l.mid_w, params.out_h = l.out_h, params.out_w = l.out_w;
   params.tiles_x = l.tiles_x, params.tiles_y = l.tiles_y, params.pool_rows = l.pool_rows;
+  params.tiles = int(l.tiles), params.backward = backward();
 
   // From sm_90 on, a kernel's start overlaps the end of the one before it: it waits for that itself.
   cuda::LaunchAttribute attributes[2] = {};

@@ -113,7 +113,7 @@ struct Module {
   Moments<C> moments[kMomentsTaken ? P : 1];  // of X's channels, by patch row
 
   FCM_DEVICE explicit Module(const Params& params)
-      : p(params), shared(shared_memory()), place(params, first_tile_of(block_x())), place_of_copies(place) {
+      : p(params), shared(shared_memory()), place(params, tile_of(0)), place_of_copies(place) {
     place_of_copies.images = 0;  // of no tile yet
     if constexpr (kProject) {
       chunk0 = S.tile.split > 1 ? block_z() : 0, chunk_step = S.tile.split;
@@ -125,11 +125,18 @@ struct Module {
     }
   }
 
-  // Tiles of a thread block: its own, or as many of them in a row as its share is.
-  FCM_DEVICE int first_tile_of(int block) const {
-    if constexpr (!kResident) return block;
-    const int tiles = T::count(p), blocks = grid_x(), each = tiles / blocks;
-    return block * each + min(block, tiles - each * blocks);
+  // A thread block's tiles: its own, or of a depthwise, as many in a row as its share is; else those that all blocks
+  // take together, one after another, so that what they write last lies together.
+  static constexpr bool kInTurn = kResident && !S.depthwise;
+  FCM_DEVICE int tiles_of() const {
+    if constexpr (!kResident) return 1;
+    const int blocks = grid_x(), each = p.tiles / blocks;
+    return each + (block_x() < p.tiles - each * blocks ? 1 : 0);
+  }
+  FCM_DEVICE int tile_of(int i) const {
+    if constexpr (!kResident) return block_x();
+    const int blocks = grid_x(), each = p.tiles / blocks;
+    return kInTurn ? block_x() + i * blocks : block_x() * each + min(block_x(), p.tiles - each * blocks) + i;
   }
 
   FCM_DEVICE int chunk(int step) const { return chunk0 + step * chunk_step; }
@@ -828,14 +835,14 @@ struct Module {
   }
 
   // The same where warpgroups are apart; of the step before, products are done and its copies' places free.
-  FCM_DEVICE void multiply_apart(int step, int tile, int last) {
+  FCM_DEVICE void multiply_apart(int step, int i, int tiles) {
     if constexpr (!kFromRegisters) {  // else a lane multiplies what it has copied itself
       wgmma_reads();
       warpgroup_sync();
     }
     start_project(step);
     wgmma_wait_for_operands<1>();
-    if (step > 0) give_up(tile, last, step - 1);
+    if (step > 0) give_up(i, tiles, step - 1);
     if constexpr (!kFromRegisters) warpgroup_sync();
   }
 
@@ -1139,27 +1146,27 @@ struct Module {
            L::row() * 16;
   }
 
-  // Weights that `step` of `tile` multiplies or, where that is beyond its last, a step of a tile that follows it.
-  FCM_DEVICE void copy_weights_on(int tile, int last, int step, bool asks) const {
+  // Weights that `step` of the i-th tile multiplies or, where that is beyond its last, a step of one that follows.
+  FCM_DEVICE void copy_weights_on(int i, int tiles, int step, bool asks) const {
     const int ahead = step / steps, turn = phase + step;
-    if (tile + ahead > last) return;
+    if (i + ahead >= tiles) return;
     copy_project(chunk(step - ahead * steps), step, turn, asks);
     all_asked_for(turn, asks);
   }
-  // This warp has multiplied what `step` of `tile` copied.
-  FCM_DEVICE void give_up(int tile, int last, int step) const {
+  // This warp has multiplied what was copied for `step` of the i-th tile.
+  FCM_DEVICE void give_up(int i, int tiles, int step) const {
     if constexpr (kApart && kGoBy) {
       if (L::lane() == 0 && is_last(shared + kGivenUpAt + stage(phase + step) * 4, warps(S)))
-        copy_weights_on(tile, last, step + kStages, true);
+        copy_weights_on(i, tiles, step + kStages, true);
       warp_sync();
     }
   }
-  // Copies what `step` of `tile` multiplies or, where that is beyond its last, a step of a tile that follows it.
-  FCM_DEVICE void copy_on(int tile, int last, int step) {
+  // All that such a step multiplies.
+  FCM_DEVICE void copy_on(int i, int tiles, int step) {
     const int ahead = step / steps, of = step - ahead * steps;
-    if (tile + ahead > last) return;
-    if (of == 0) find_input(T(p, tile + ahead));
-    if constexpr (!kApart) copy_weights_on(tile, last, step, thread_index() == 0);
+    if (i + ahead >= tiles) return;
+    if (of == 0) find_input(T(p, tile_of(i + ahead)));
+    if constexpr (!kApart) copy_weights_on(i, tiles, step, thread_index() == 0);
     copy_input(chunk(of), step);
   }
 
@@ -1185,9 +1192,9 @@ struct Module {
       *(Vec*)(shared + kHaloAt + i) = Vec{};
   }
 
-  // The chunks of `tile`. Others follow up to `last`, of which `next` is the first.
-  FCM_DEVICE void walk(const T& next, int tile, int last) {
-    const bool more = kResident && tile < last;
+  // The chunks of the i-th of this block's tiles; `next`: the one after it, if there is any.
+  FCM_DEVICE void walk(const T& next, int i, int tiles) {
+    const bool more = kResident && i + 1 < tiles;
     if constexpr (kProject) {
       FCM_UNROLL
       for (int py = 0; py < P; ++py) FCM_UNROLL
@@ -1221,7 +1228,7 @@ struct Module {
       copy_async_wait<kEarly - 1>();
       if (kStay ? !kAhead && phase + step == 0 : !kAhead || step > 0) wait_for_weights(kGoBy ? phase + step : step);
       if constexpr (kApart) {
-        multiply_apart(step, tile, last);
+        multiply_apart(step, i, tiles);
       } else {
         if constexpr (kMultipliesFirst) wgmma_wait<0>(sums);
         if constexpr (kWgmma) wgmma_reads();
@@ -1230,7 +1237,7 @@ struct Module {
       }
       if constexpr (!kResident) copy_weights(step + kEarly);
       if constexpr (kGoBy) {
-        copy_on(tile, last, step + kEarly);
+        copy_on(i, tiles, step + kEarly);
       } else if (step + kEarly < steps) {
         if constexpr (!kFirst) copy_input(chunk(step + kEarly), step + kEarly);
       } else if (kFetchesAhead && (!kLoadsAhead || kOneStep) && step + 1 == steps && (kLoadsAhead || more)) {
@@ -1253,7 +1260,7 @@ struct Module {
         if (step >= kLag) project_exchanged(step - kLag);
     }
     if constexpr (kMultipliesFirst) wgmma_wait<0>(sums);
-    give_up(tile, last, steps - 1);
+    give_up(i, tiles, steps - 1);
     if constexpr (kLoadsAhead && !kOneStep) fetch_input(next, steps);
     if constexpr (S.tile.split > 1)
       reduce_and_store(more);
@@ -1262,7 +1269,7 @@ struct Module {
   }
 
   FCM_DEVICE void run() {
-    const int first = kResident ? first_tile_of(block_x()) : 0, last = kResident ? first_tile_of(block_x() + 1) - 1 : 0;
+    const int tiles = tiles_of();
     // Weights do not depend on the kernels before this one; inputs do.
     let_next_kernel_start();
     if constexpr (S.tile.split > 1) {
@@ -1282,7 +1289,7 @@ struct Module {
       if constexpr (kAhead > 0) copy_first(0, 0);
       copy_weights(0);
       if constexpr (kApart)
-        for (int i = 1; i < kStages; ++i) copy_weights_on(first, last, i, thread_index() == 0);
+        for (int i = 1; i < kStages; ++i) copy_weights_on(0, tiles, i, thread_index() == 0);
     }
     if (kAhead > 0 && place.crosses_border()) clear_halo();
     find_first_input(place);
@@ -1293,7 +1300,7 @@ struct Module {
     FCM_UNROLL
     for (int i = 1; i < kEarly; ++i) {
       if constexpr (kGoBy) {
-        copy_on(first, last, i);
+        copy_on(0, tiles, i);
       } else {
         copy_weights(i);
         if (i < steps) copy_input(chunk(i), i);
@@ -1305,13 +1312,13 @@ struct Module {
       if constexpr (kAhead > 0) wait_for_weights(0);
       block_sync();
     }
-    for (int tile = first;; ++tile) {
-      const bool more = kResident && tile < last;
-      T next = more ? place.next(p, tile + 1) : place;
+    for (int i = 0;; ++i) {
+      const bool more = kResident && i + 1 < tiles;
+      T next = more ? place.next(p, tile_of(i + 1)) : place;
       if constexpr (stages_input(S)) load_first_input(place);
-      walk(next, tile, last);
+      walk(next, i, tiles);
       if (!more) break;
-      if constexpr (stages_input(S) && !kPasses) next = place.next(p, anew(tile + 1));  // in fewer registers
+      if constexpr (stages_input(S) && !kPasses) next = place.next(p, tile_of(anew(i + 1)));  // in fewer registers
       phase += steps;
       if constexpr (kPlaced) {
         const bool clear = !kPasses && next.crosses_border() && !next.same_clip(place);

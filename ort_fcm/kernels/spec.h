@@ -102,6 +102,8 @@ struct Params {
   const void* scale;  // [batch, c_in]
   void* pool;         // [batch, pool_rows, c_out], of which the mean over rows is the mean of Y over the map
   int pool_rows;
+  int tiles;     // of the grid and all that its thread blocks work through
+  int backward;  // 1: from the last to the first
 };
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
@@ -419,6 +421,7 @@ struct Launch {
   int grid_y, grid_z, threads, shared_bytes;  // a cluster is all blocks along z
   int mid_h, mid_w, out_h, out_w, tiles_x, tiles_y;
   int pool_rows;
+  long long tiles;  // that thread blocks work through
 };
 
 // Multiprocessors that clusters of `split` thread blocks reach at once: a cluster lies within one group of them, and
@@ -434,7 +437,7 @@ constexpr Launch launch(const Spec& s, long long batch, long long h, long long w
   if (s.mean) h = w = 1;
   if (is_gate(s)) {
     l.mid_h = l.mid_w = l.out_h = l.out_w = l.tiles_x = l.tiles_y = 1;
-    l.grid_x = (batch + s.tile.images - 1) / s.tile.images;
+    l.tiles = l.grid_x = (batch + s.tile.images - 1) / s.tile.images;
     l.grid_y = 1, l.grid_z = s.tile.split;
     l.threads = threads(s), l.shared_bytes = shared_bytes(s);
     return l;
@@ -461,6 +464,7 @@ constexpr Launch launch(const Spec& s, long long batch, long long h, long long w
     l.tiles_x = l.tiles_y = 1;
     l.grid_x = (batch * out_h * out_w + flat_pixels(s) - 1) / flat_pixels(s);
   }
+  l.tiles = l.grid_x;
   if (s.tile.resident && sms > 0) {
     const int room = s.tile.split > 1 ? s.tile.blocks : max(held, s.tile.blocks);
     const long long blocks = max(1, cluster_sms(sms, s.tile.split) * room / (blocks_n(s) * s.tile.split));

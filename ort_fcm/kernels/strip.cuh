@@ -242,7 +242,7 @@ struct Strip {
     wait_for_earlier_kernels();
     const int patches = p.tiles_x * p.tiles_y * p.batch;
     for (int patch = block_x() * kPatches + slot; patch < patches; patch += grid_x() * kPatches) {
-      run(patch);
+      run(p.backward ? patches - 1 - patch : patch);
       if constexpr (!S.tile.resident) break;
     }
   }

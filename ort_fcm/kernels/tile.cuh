@@ -30,13 +30,9 @@ struct TilePlace {
   // about that place holds on. Others leave neighbours of an image to run together, which share what they read.
   static constexpr bool kImagesFirst = S.tile.resident;
 
-  FCM_DEVICE static int count(const Params& p) {
-    if constexpr (S.depthwise) return p.tiles_x * p.tiles_y * ceil_div(p.batch, S.tile.images);
-    return (int)(((long long)p.batch * p.out_h * p.out_w + flat_pixels(S) - 1) / flat_pixels(S));
-  }
-
   FCM_DEVICE TilePlace(const Params& p, int tile)
       : image0(0), y0(0), x0(0), top(0), left(0), rows(0), columns(0), images(0), pixel0(0), in_image(0), row_scale(0) {
+    if (p.backward) tile = p.tiles - 1 - tile;
     if constexpr (S.pool) row_scale = (float)p.pool_rows / ((float)p.out_h * (float)p.out_w);
     if constexpr (S.depthwise) {
       const int tiles = p.tiles_x * p.tiles_y, groups = ceil_div(p.batch, S.tile.images);
@@ -63,9 +59,9 @@ struct TilePlace {
   // The tile `tile`, which comes after this one.
   FCM_DEVICE TilePlace next(const Params& p, int tile) const {
     if constexpr (S.depthwise && kImagesFirst) {
-      if (image0 + S.tile.images < p.batch) {
-        TilePlace to = *this;
-        to.image0 += S.tile.images;
+      TilePlace to = *this;
+      to.image0 += p.backward ? -S.tile.images : S.tile.images;
+      if (to.image0 >= 0 && to.image0 < p.batch) {
         to.images = images_from(p, to.image0);
         return to;
       }

@@ -257,7 +257,9 @@ double run(int batch, int height, int width, unsigned seed) {
            l.tiles_y,
            st.bytes.data(),
            pt.bytes.data(),
-           l.pool_rows};
+           l.pool_rows,
+           (int)l.tiles,
+           (int)(seed & 1)};
   cpu::run_grid(l, seed, [&] { run_module<C>(p); });
   // Without a depthwise, 16 pixels of a row of sums may be of several images, so that rows depend on where one starts.
   if (!yt.repeats(s, y, s.output_nchw) || (s.pool && s.depthwise && !pt.repeats(s, rows, false)))
