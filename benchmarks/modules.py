@@ -481,7 +481,7 @@ def short(tile: str) -> str:
     return (
         f"{images}{t.get('tile_h')}x{t.get('tile_w')} p{t.get('patch_h')} c{t.get('chunk')} "
         f"w{t.get('warps_m')}x{t.get('warps_n')} n{t.get('block_n')} s{t.get('split')} b{t.get('blocks')}"
-        + (" resident" if t.get("resident") == "1" else "")
+        + {"1": " resident", "2": " weights by"}.get(t.get("resident", "0"), "")
     )
 
 

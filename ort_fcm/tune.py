@@ -302,4 +302,5 @@ def flipped(seg: Segment, tile: Tile, gpu: Gpu) -> Tile | None:
 def variations(seg: Segment, tile: Tile, gpu: Gpu) -> list[Tile]:
     """Tiles of the same cut that hold weights or registers differently."""
     found = [replace(tile, blocks=blocks) for blocks in (tile.blocks - 1, tile.blocks + 1) if blocks]
+    found += [replace(tile, resident=2)] if tile.resident < 2 else []
     return [item for item in [flipped(seg, tile, gpu), *found] if item and not illegal(seg, item)]

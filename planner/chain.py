@@ -164,7 +164,8 @@ class Tile:
     block_n: int = 0  # output channels a thread block computes; 0: all
     split: int = 1  # thread blocks of a cluster that share the middle channels
     blocks: int = 1  # thread blocks an SM should hold: bounds the registers of a thread
-    resident: int = 0  # 1: all weights stay in shared memory, and a thread block works through many tiles
+    resident: int = 0  # 1, 2: a thread block works through many tiles; all weights stay in shared memory, or (2, of a
+    # lone convolution with wgmma) go by once for each tile
     wgmma: int = 0  # 1: four warps multiply 64 pixels at once, from shared memory (compute capability 9.0)
 
     def __str__(self) -> str:
@@ -185,3 +186,7 @@ class Tile:
     @property
     def threads(self) -> int:
         return 32 * self.warps_m * self.warps_n
+
+    @property
+    def weights_stay(self) -> bool:
+        return self.resident == 1

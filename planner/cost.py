@@ -394,8 +394,10 @@ def illegal(seg: Segment, tile: Tile) -> str:
         return f"chunk and block_n must be multiples of a group of {group} channels"
     if not 1 <= t.patch_h <= 8 or t.split not in (1, 2, 4, 8):
         return "patch_h must be from 1 to 8 and split 1, 2, 4 or 8"
-    if t.resident not in (0, 1) or t.wgmma not in (0, 1):
-        return "resident and wgmma must be 0 or 1"
+    if t.resident not in (0, 1, 2) or t.wgmma not in (0, 1):
+        return "resident must be 0, 1 or 2, and wgmma 0 or 1"
+    if t.resident == 2 and not (t.wgmma and seg.streams and t.split == 1):
+        return "resident = 2 needs wgmma, a lone convolution of vectors of channels, and no split"
     if t.wgmma and (why := _no_wgmma(seg, t)):
         return f"wgmma needs {why}"
     if t.warps_m * t.warps_n > 16 or t.blocks * t.threads > 2048:
@@ -505,13 +507,13 @@ def _from_registers(seg: Segment, tile: Tile) -> bool:
 
 def _apart(seg: Segment, tile: Tile) -> int:
     """Warpgroups of a thread block that wait for their own copies alone; 1 where all of it waits."""
-    apart = tile.wgmma and seg.streams and tile.resident and tile.warps_n == 1
+    apart = tile.wgmma and seg.streams and tile.weights_stay and tile.warps_n == 1
     return tile.warps_m // 4 if apart and (_from_registers(seg, tile) or tile.warps_m > 4) else 1
 
 
 def _stages(seg: Segment, tile: Tile) -> int:
     """Buffers of what a chunk step replaces."""
-    return 3 if seg.streams and tile.wgmma and not tile.resident else 2
+    return 3 if seg.streams and tile.wgmma and not tile.weights_stay else 2
 
 
 def shared_bytes(seg: Segment, tile: Tile) -> int:
@@ -554,7 +556,7 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
     steps, chain = _steps(seg, t), seg.first and seg.depthwise and (seg.project or seg.stem)
     one = chain and steps == 1 and (seg.stem or not t.resident)
     buffers = 1 if one and not t.resident else _stages(seg, t)
-    working = once + (1 if one else 2) * halo + buffers * exchange + (steps if t.resident else buffers) * weights
+    working = once + (1 if one else 2) * halo + buffers * exchange + (steps if t.weights_stay else buffers) * weights
     arrivals = 32
     # Tiles that follow need the working buffers.
     return arrivals + (working + reduction if t.resident else max(working, reduction))
@@ -693,9 +695,8 @@ def registers(seg: Segment, tile: Tile, gpu: Gpu, priors: Priors = PRIORS) -> in
 
 def _stores_singly(seg: Segment, tile: Tile) -> bool:
     """Whether a lone dense stage stores one group of channels after another, each with its biases."""
-    return seg.pool or (
-        tile.wgmma == 1 and tile.warps_m > 8 and not seg.residual and block_n(seg, tile) < seg.padded_out
-    )
+    many = tile.wgmma == 1 and tile.warps_m > 8 and not seg.residual and block_n(seg, tile) < seg.padded_out
+    return seg.pool or tile.resident == 2 or many
 
 
 def _stream_registers(seg: Segment, tile: Tile) -> int:
@@ -711,6 +712,8 @@ def _stream_registers(seg: Segment, tile: Tile) -> int:
         loop += 8 + 16 * rows
     if seg.takes_moments:
         loop += 4 + 18 * rows
+    if tile.resident == 2:
+        return max(64, accumulators(seg, tile) + _going_by_registers(seg, tile, loop))
     bias, residual = seg.group // 4, 8 if seg.residual else 0  # of a group of channels and two pixels
     if tile.split > 1:  # for all groups that a warp stores, before it has them
         end = ceil_div(rows * groups, tile.split) * (bias + residual * 3 // 2)
@@ -730,6 +733,24 @@ def _stream_registers(seg: Segment, tile: Tile) -> int:
         loop, end = (loop + 32, end + 24) if seg.element == 2 else (loop + 48, end + 32)
         loop += 16 if seg.pool else 0
     return max(64, accumulators(seg, tile) + max(loop, end))
+
+
+def _going_by_registers(seg: Segment, tile: Tile, loop: int) -> int:
+    """Beside the accumulators, where weights go by for one tile after another: what the loop has, and what the compiler
+    hoists of the end."""
+    rows, wide, whole = tile.patch_h, seg.element == 4, block_n(seg, tile) == seg.padded_out
+    exponentials = _ACTIVATION[seg.layers[0].activation] > 8
+    loop += 16 if wide or seg.scaled else 0
+    if seg.layers[0].kind == "conv":
+        loop += 16 if wide else 8 * rows
+    if seg.pool or seg.residual:
+        loop += 8 + 16 * rows if wide else 24
+    if wide and seg.padded_out % seg.group and not whole:  # some thread blocks end in half a group
+        loop += 112 if seg.residual else 48
+    if seg.residual or tile.warps_n > 1 or not whole:
+        return loop + (16 * (rows - 1) if exponentials and not wide else 0)
+    # Where channels lie are constants: all biases.
+    return max(loop + 8, (0 if wide else 16 + 8 * rows * _warp_groups_n(seg, tile)) + (32 if exponentials else 0))
 
 
 def resident(seg: Segment, tile: Tile, gpu: Gpu, shared: int, regs: int) -> int:
@@ -837,6 +858,7 @@ class Work(NamedTuple):
     narrow: float = 0.0  # of a strip: bytes of lines that accesses touch over those that they want, less 1
     short: float = 0.0  # of a stem that writes Y itself to many images at once: rows of it, for each column of Y
     singles: int = 0  # of a stem whose rows of X are not whole vectors: elements that a thread stages, once a tile
+    ahead: int = 0  # tiles whose first steps are copied while the one before is stored
     pooled: float = 0.0  # groups of 16 pixels of the output that a warp adds up behind a project, once a tile
 
 
@@ -846,6 +868,8 @@ def _late(seg: Segment, tile: Tile) -> int:
     if not seg.streams or tile.split > 1:
         return 0
     groups = _warp_groups_n(seg, tile)
+    if seg.residual and tile.resident == 2:
+        return tile.patch_h * groups
     return tile.patch_h * (1 if _stores_singly(seg, tile) else ceil_div(groups, 4) if seg.residual else 0)
 
 
@@ -901,6 +925,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     if layer and seg.first and seg.first.kind == "conv":  # runs of words, broken where a row ends and a warp does
         moved += x_reads * (SECTOR - 4) * (seg.batch * cut.x_runs * seg.c_in + spatial * staged_bytes(seg, t) / 128)
     inner, outer = packed_bytes(seg, t)
+    fetched = spatial if t.resident == 2 else spatial_blocks  # times that weights are
     padding = inner + outer - e * seg.weight_elements
     passes = blocks_n if (seg.project or seg.first) and not t.resident else 1
     again = (passes - 1) * e * seg.input_elements
@@ -994,6 +1019,11 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
     if layer and seg.stem and seg.width * e % 16:
         lines, columns = _staged_patch(seg, t)
         singles = ceil_div(lines * columns, t.threads)
+    late, waits = _late(seg, t), steps / (_stages(seg, t) - 1) / _apart(seg, t) if seg.streams else 0.0
+    ahead = turns - 1 if t.resident == 2 else 0
+    waits -= min(1.0, waits) * ahead / turns  # what the first step of a tile needs is there
+    if seg.residual and t.resident == 2:  # memory has little else to do meanwhile
+        waits += late
     # Recomputed work, tensor padding apart.
     done = 0
     if seg.first:
@@ -1004,12 +1034,11 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         done += out_pixels * seg.project.weights
     return Work(
         spatial * apart, spatial_blocks * apart, turns, busy, warps, steps, t.split,
-        int(moved), spatial_blocks * (recomputed * inner + outer), seg.compulsory_bytes + padding, again, products,
+        int(moved), fetched * (recomputed * inner + outer), seg.compulsory_bytes + padding, again, products,
         operands, values, loads, stores, factors, copied / 512 / warps, copied_weights / 512 / warps, tiles, places,
         fragments, adding, waiting, ends, end_values, accumulators(seg, t) * (1 - 1 / t.split),
-        max(1.0, done / seg.multiply_adds), steps / (_stages(seg, t) - 1) / _apart(seg, t) if seg.streams else 0.0,
-        _late(seg, t), waited, short=1 / t.tile_w if seg.passes and t.resident else 0.0, singles=singles,
-        pooled=pooled,
+        max(1.0, done / seg.multiply_adds), waits, late, waited,
+        short=1 / t.tile_w if seg.passes and t.resident else 0.0, singles=singles, ahead=ahead, pooled=pooled,
     )  # fmt: skip
 
 
@@ -1093,9 +1122,9 @@ def times(
     loading = priors.staged_instructions if seg.stem else priors.gather_instructions
     plain = w.values + w.loads + w.stores
     plain += priors.copy_instructions * copies + priors.factor_instructions * w.factors
+    stored = priors.store_instructions * w.ends + w.end_values
     tile = w.steps * plain + (loading + priors.place_instructions * w.places / w.turns) * w.tiles + w.adding
-    tile += priors.store_instructions * w.ends + (w.end_values + priors.pool_instructions * w.pooled)
-    tile += priors.sum_instructions * w.sums
+    tile += stored + priors.pool_instructions * w.pooled + priors.sum_instructions * w.sums
     multiplying = 0.1 if w.operands else 1 if on_tensor else 33
     single = priors.element_instructions * w.singles
     issued = w.turns * (tile + single + w.steps * w.products * multiplying)
@@ -1108,6 +1137,8 @@ def times(
         turn += priors.split_clocks
     following = (w.turns - 1) * (1 if seg.streams else priors.turn_share)
     latency = (priors.wgmma_block_clocks if w.operands else 0) + (1 + following) * turn
+    if blocks == 1:  # with several, others go on while one is stored in any case
+        latency -= w.ahead * priors.clocks_per_instruction * stored
     latency += 512 * w.warps * (w.copies + w.weight_copies) / priors.fill_bytes
     # Nothing fetches these ahead, and a thread waits for two at once.
     latency += w.turns * (priors.clocks_per_instruction * single + priors.wait_clocks * w.singles / 2)
@@ -1115,7 +1146,7 @@ def times(
         latency += priors.first_block_clocks
     issuing = w.warps if w.warps < 4 else round_up(w.warps, 4)  # an SM's 4 schedulers share a thread block's warps
     macs = 2048 if seg.element == 2 else 1024
-    vectors = w.turns * (w.loads + w.stores + w.copies + w.operands) + w.weight_copies
+    vectors = w.turns * (w.loads + w.stores + w.copies + w.operands) + (1 + w.ahead) * w.weight_copies
     memory = max(memory_us(gpu, dram_bytes(seg, w, gpu), w.moved, priors)) * (1 + priors.short_row_columns * w.short)
     tensor = w.warps * w.steps * w.products * max(busiest * w.turns / per_clock / mhz, w.pieces * macs / per_us)
     shared = busiest * w.warps * w.steps * 4 * vectors / mhz  # 4 wavefronts a vector
@@ -1234,7 +1265,7 @@ def served_bytes(seg: Segment, tile: Tile, gpu: Gpu) -> Served:
 
     same_x = tile.split if seg.gate else 1  # thread blocks that take the mean together: of a cluster, so of a group
     sms = min(moved, written) + x * (max(1 / same_x, MERGED[1]) if gpu.sm >= 90 else 1)
-    sms += sum(bytes_ * copies * sent(copies, MERGED[0 if tile.resident else 1]) for bytes_, copies in asked)
+    sms += sum(bytes_ * copies * sent(copies, MERGED[0 if tile.weights_stay else 1]) for bytes_, copies in asked)
     crossing = HOME * written + touched * across(x / max(1, touched)) + sum(b * across(copies) for b, copies in asked)
     return Served(int(sms), int(sms + crossing + LAUNCH_BYTES + CODE_BYTES * min(grid, gpu.sms)))
 

@@ -249,7 +249,7 @@ def _mean_tiles(seg: Segment, gpu: Gpu) -> Iterator[Tile]:
 def order(seg: Segment, tile: Tile, cost: Estimate, objective: str = "time") -> tuple[float, float, bool]:
     """By which tiles of a segment are ranked, the least first."""
     # Of equal tiles, that whose weights, if they are many, have all been asked for when the kernel in front ends.
-    late = not seg.gate and (seg.project is None) == (tile.resident > 0)
+    late = not seg.gate and (seg.project is None) == tile.weights_stay
     if objective == "traffic":
         return cost.traffic_bytes, cost.time_us, late
     return cost.time_us, cost.traffic_bytes, late
@@ -300,10 +300,13 @@ def _held(seg: Segment, tile: Tile, gpu: Gpu, grid: int, more: int, priors: Prio
 
 def _variants(seg: Segment, tile: Tile, gpu: Gpu, grid: int, priors: Priors) -> Iterator[tuple[Tile, Estimate]]:
     """The tile with and without resident weights, and either with one more thread block an SM, where nothing spills for
-    it."""
+    it; and with weights that go by for many tiles, where the kernels can."""
     tried = set()
-    for keeps, more in ((0, 0), (1, 0), (0, 1), (1, 1)):
-        variant = _held(seg, replace(tile, resident=keeps, blocks=1), gpu, grid, more, priors)
+    for keeps, more in ((0, 0), (1, 0), (0, 1), (1, 1), (2, 0)):
+        variant = replace(tile, resident=keeps, blocks=1)
+        if keeps == 2 and illegal(seg, variant):
+            continue
+        variant = _held(seg, variant, gpu, grid, more, priors)
         cost = None if variant in tried else estimate(seg, variant, gpu, priors)
         tried.add(variant)
         if cost and cost.resident >= variant.blocks and not cost.spilled:

@@ -266,6 +266,17 @@ def test_what_l2_does_not_hold_is_read_again() -> None:
             assert module or resident
 
 
+def test_weights_go_by_for_many_tiles_where_an_sm_has_one_thread_block_of_a_large_pointwise() -> None:
+    for batch, dtype, layer, goes_by in (
+        (128, "float32", Layer("pw", 512, 512), True),
+        (128, "float16", Layer("pw", 728, 728), True),
+        (128, "float32", Layer("pw", 728, 728, residual=True), False),  # its end would spill
+        (1, "float32", Layer("pw", 512, 512), False),  # a tile each
+    ):
+        (module,) = plan_chain(Chain((layer,), batch, 14, 14, dtype), gpu("H200")).modules
+        assert (module.tile.resident == 2) == goes_by, (batch, dtype, layer)
+
+
 def padding(seg: Segment, tile: Tile) -> int:
     return sum(packed_bytes(seg, tile)) - seg.element * seg.weight_elements
 

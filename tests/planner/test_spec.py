@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from planner import GPUS, Chain, Gpu, Layer, Tile, candidates
 from planner.chain import STEM_CHANNELS
-from planner.cost import Segment, _apart, estimate, illegal, packed_bytes, segment, shared_bytes
+from planner.cost import Segment, _apart, estimate, illegal, packed_bytes, segment, shared_bytes, work
 
 KERNELS = Path(__file__).parents[2] / "ort_fcm" / "kernels"
 ACTIVATIONS = {"none": 0, "clip": 2, "prelu": 10}
@@ -159,7 +159,7 @@ def random_tiles(draw: st.DrawFn) -> Tile:
     few = st.integers(1, 4)
     return Tile(
         draw(st.integers(1, 16)), draw(st.integers(1, 16)), draw(few), draw(few), 16 * draw(few), draw(few), draw(few),
-        16 * draw(st.integers(0, 8)), draw(few), draw(few), draw(st.integers(0, 1)), draw(st.integers(0, 1)),
+        16 * draw(st.integers(0, 8)), draw(few), draw(few), draw(st.integers(0, 2)), draw(st.integers(0, 1)),
     )  # fmt: skip
 
 
@@ -181,9 +181,17 @@ def test_random_tiles_are_judged_alike(ask: Ask, seg: Segment, data: st.DataObje
 
 @SETTINGS
 @given(segments(("pw", "conv")), random_tiles(), st.sampled_from([4, 8, 12]), st.integers(1, 2))
-def test_warpgroups_apart_are_counted(ask: Ask, seg: Segment, tile: Tile, warps_m: int, warps_n: int) -> None:
-    tile = replace(tile, warps_m=warps_m, warps_n=warps_n)
-    assert _apart(seg, tile) == (warps_m // 4 if ask(seg, tile, 0, 0).apart else 1)
+def test_lone_stages_with_warpgroups_are_the_same(
+    ask: Ask, seg: Segment, tile: Tile, warps_m: int, warps_n: int
+) -> None:
+    """Whose weights stay, go by for many tiles, or for one."""
+    tile = replace(tile, images=1, warps_m=warps_m, warps_n=warps_n, split=1, wgmma=1)
+    tile = replace(tile, chunk=2 * warps_n * tile.chunk, block_n=2 * tile.block_n)
+    answer = ask(seg, tile, 132, 0)
+    assert bool(illegal(seg, tile)) == bool(answer.why), (illegal(seg, tile), answer.why)
+    assert _apart(seg, tile) == (warps_m // 4 if answer.apart else 1)
+    if not answer.why:
+        assert (shared_bytes(seg, tile), work(seg, tile, 132).grid) == (answer.shared, answer.grid)
 
 
 @SETTINGS
