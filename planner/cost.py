@@ -507,7 +507,7 @@ def _from_registers(seg: Segment, tile: Tile) -> bool:
 
 def _apart(seg: Segment, tile: Tile) -> int:
     """Warpgroups of a thread block that wait for their own copies alone; 1 where all of it waits."""
-    apart = tile.wgmma and seg.streams and tile.weights_stay and tile.warps_n == 1
+    apart = tile.wgmma and seg.streams and tile.resident and tile.warps_n == 1
     return tile.warps_m // 4 if apart and (_from_registers(seg, tile) or tile.warps_m > 4) else 1
 
 
@@ -557,7 +557,7 @@ def shared_bytes(seg: Segment, tile: Tile) -> int:
     one = chain and steps == 1 and (seg.stem or not t.resident)
     buffers = 1 if one and not t.resident else _stages(seg, t)
     working = once + (1 if one else 2) * halo + buffers * exchange + (steps if t.weights_stay else buffers) * weights
-    arrivals = 32
+    arrivals = 48 if t.resident == 2 else 32
     # Tiles that follow need the working buffers.
     return arrivals + (working + reduction if t.resident else max(working, reduction))
 
