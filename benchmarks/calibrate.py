@@ -1,6 +1,6 @@
 """Fits the constants of the planner's time model to timed tiles, and says how well its choices do.
 
-    python -m benchmarks.calibrate benchmarks/results/tiles_h200_{6,7,8,9,10}.jsonl.xz [--only NAME,...] [--no-fit]
+    python -m benchmarks.calibrate benchmarks/results/tiles_h200_{6,7,8,9,10,11}.jsonl.xz [--only NAME,...] [--no-fit]
 
 The lines of the files are those of benchmarks/timings.py. The fit takes residency from there, and leaves out timings of
 kernels that have changed since (CHANGED); the figures that follow use all, and the planner's own residency. Besides,

