@@ -300,16 +300,17 @@ def _held(seg: Segment, tile: Tile, gpu: Gpu, grid: int, more: int, priors: Prio
 
 def _variants(seg: Segment, tile: Tile, gpu: Gpu, grid: int, priors: Priors) -> Iterator[tuple[Tile, Estimate]]:
     """The tile with and without resident weights, and either with one more thread block an SM, where nothing spills for
-    it; and with weights that go by for many tiles, which saves time where an SM has one thread block."""
+    it; and with weights that go by, which pays for several tiles of a thread block that is alone on its SM."""
     tried = set()
     for keeps, more in ((0, 0), (1, 0), (0, 1), (1, 1), (2, 0)):
         variant = replace(tile, resident=keeps, blocks=1)
-        if keeps == 2 and illegal(seg, variant):
+        if keeps == 2 and (illegal(seg, variant) or tile.chunk >= seg.middle_channels):  # one step: none was timed
             continue
         variant = _held(seg, variant, gpu, grid, more, priors)
         cost = None if variant in tried else estimate(seg, variant, gpu, priors)
         tried.add(variant)
-        if cost and cost.resident >= variant.blocks and not cost.spilled and (keeps < 2 or cost.resident == 1):
+        pays = keeps < 2 or (cost and cost.resident == 1 and cost.grid < grid)
+        if cost and cost.resident >= variant.blocks and not cost.spilled and pays:
             yield variant, cost
 
 
