@@ -11,8 +11,14 @@ CHAINS = (
     "dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw", "mean-pw-pw",
     "mean-pw",
 )  # fmt: skip
-# Those of a deep pointwise: more warps along pixels, and warpgroups that do not wait for one another.
-DEEP = ({"warps_m=12"}, {"warps_m=8", "warps_n=1", "resident=1", "wgmma=1"})
+# Those of a deep pointwise: more warps along pixels, warpgroups that do not wait for one another, weights that go by for
+# many tiles.
+DEEP = (
+    {"warps_m=12"},
+    {"warps_m=8", "warps_n=1", "resident=1", "wgmma=1"},
+    {"warps_m=8", "warps_n=1", "resident=2"},
+    {"warps_n=2", "resident=2"},
+)
 FEATURES = ("split=2", "split=8", "warps_n=2", "warps_n=3", "images=2", "patch_h=2", "resident=1", "wgmma=1")
 
 
@@ -101,10 +107,12 @@ def random_case(chain: str, dtype: str, number: int, seed: int, tile: str = "") 
     )
 
 
-def deep_pointwise(dtype: str, seed: int) -> Case:
-    """A lone pointwise of many channels."""
+def deep_pointwise(dtype: str, seed: int, many: bool = False) -> Case:
+    """A lone pointwise of many channels; `many`: of many pixels besides, for several tiles a thread block."""
     rng = np.random.default_rng(seed)
     c_in, c_out = 8 * int(rng.integers(32, 60)), int(rng.choice((256, 384, 512, 576)))
     h, w, batch = int(rng.integers(9, 16)), int(rng.integers(9, 16)), int(rng.integers(3, 7))
+    if many:
+        h, w, batch = 4 * h, 4 * w, 2 * batch
     stage = Stage("pw", c_in, c_out, activation="relu")
     return Case((stage,), dtype=dtype, batch=batch, h=h, w=w, seed=seed)

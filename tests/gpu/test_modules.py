@@ -95,7 +95,7 @@ def test_tiles(chain: str, dtype: str, seed: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("dtype", ["float16", "tf32"])
-@pytest.mark.parametrize("features", DEEP, ids=("twelve-warps", "warpgroups-apart"))
+@pytest.mark.parametrize("features", DEEP, ids=("twelve-warps", "warpgroups-apart", "going-by", "going-by-two"))
 def test_deep_pointwise(features: set[str], dtype: str, pool: bool, seed: int) -> None:
     """A pointwise deep and wide enough for tiles that no other module has."""
     pytest.importorskip("cupy")
@@ -103,7 +103,7 @@ def test_deep_pointwise(features: set[str], dtype: str, pool: bool, seed: int) -
     assert device is not None
     if device.capability != (9, 0):
         pytest.skip("no warpgroup products on this GPU")
-    case = replace(deep_pointwise(dtype, seed), pool=pool)
+    case = replace(deep_pointwise(dtype, seed, many="resident=2" in features), pool=pool)
     wide = [tile for tile in planned(case, device.name) if features <= set(tile.split())]
     assert wide, case.to_line()
     data = data_of(case)
