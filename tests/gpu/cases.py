@@ -11,8 +11,8 @@ CHAINS = (
     "dw", "pw", "conv", "dw-pw", "pw-dw", "conv-dw", "pw-pw", "conv-pw", "pw-dw-pw", "conv-dw-pw", "mean-pw-pw",
     "mean-pw",
 )  # fmt: skip
-# Those of a deep pointwise: more warps along pixels, warpgroups that do not wait for one another, weights that go by for
-# many tiles.
+# Those of a deep pointwise: more warps along pixels, warpgroups that do not wait for one another, weights that go by
+# once a tile.
 DEEP = (
     {"warps_m=12"},
     {"warps_m=8", "warps_n=1", "resident=1", "wgmma=1"},
