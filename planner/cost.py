@@ -725,7 +725,7 @@ def _stream_registers(seg: Segment, tile: Tile) -> int:
     else:
         end = min(groups, 4) * (bias + residual) - (8 if groups > 4 and seg.element == 2 else 0)
         if seg.padded_out % seg.group and channels < seg.padded_out:  # some blocks end in half a group
-            end += 24
+            end += 136 if tile.resident and seg.residual and seg.element == 4 else 24
     end += 16
     if tile.split > 1:
         loop, end = loop + 8, end + 8
@@ -855,7 +855,7 @@ class Work(NamedTuple):
     recompute: float
     waits: float  # of lone stages: times that a thread block (a warp of a strip) waits for memory, once a tile
     late: int = 0  # times that it waits for biases or a residual before it stores, once a tile
-    waited: float = 0.0  # a step's products of 64 pixels, beside a depthwise: a warp waits for each
+    waited: float = 0.0  # a step's products of 64 pixels that a warp waits for: beside a depthwise, or of 12 warps
     rows: int = 0  # of a strip: rows of X of a patch
     words: int = 1  # of a strip: words of channels of a thread
     narrow: float = 0.0  # of a strip: bytes of lines that accesses touch over those that they want, less 1
@@ -946,6 +946,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         rows = round_up(ceil_div(mid_pixels, spatial), 64 if t.wgmma else 16) // 16
         tiles = min(_first_tiles(seg, t), rows / warps) if layer else t.patch_h
     waited = tiles + (t.patch_h if seg.project else 0) if t.wgmma and layer else 0.0
+    if _from_registers(seg, t) and t.warps_m > 8 and _apart(seg, t) == 1:  # no registers for products to overlap in
+        waited += groups
     if seg.first:
         weights = groups * group // 8 * seg.first_steps * 256
         own = groups if layer else groups / t.warps_n  # without a depthwise, warps_n share the groups

@@ -177,7 +177,7 @@ def _groups_of_a_chunk(seg: Segment) -> list[int]:
     if seg.first or seg.depthwise:  # three take longer than estimated in float32
         return [n for n in ((1, 2, 3, 4) if seg.element == 2 else (1, 2, 4)) if n == 1 or n <= groups]
     equal = {ceil_div(groups, steps) for steps in range(1, 9)}
-    return sorted({1} | {n for n in (2, 4) if n <= groups} | {n for n in equal if n <= MAX_GROUPS})
+    return sorted({1} | {n for n in (2, 3, 4) if n <= groups} | {n for n in equal if n <= MAX_GROUPS})
 
 
 def _tiles(seg: Segment, gpu: Gpu, least_filled: float) -> Iterator[Tile]:
