@@ -946,7 +946,7 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         rows = round_up(ceil_div(mid_pixels, spatial), 64 if t.wgmma else 16) // 16
         tiles = min(_first_tiles(seg, t), rows / warps) if layer else t.patch_h
     waited = tiles + (t.patch_h if seg.project else 0) if t.wgmma and layer else 0.0
-    if _from_registers(seg, t) and t.warps_m > 8 and _apart(seg, t) == 1:  # no registers for products to overlap in
+    if _from_registers(seg, t) and t.warps_m > 8:  # no registers for products to overlap in
         waited += groups
     if seg.first:
         weights = groups * group // 8 * seg.first_steps * 256
