@@ -67,8 +67,9 @@ def _of_kind(chain: str, dtype: str, seed: int, numbers: int, gpu: Gpu) -> Itera
         yield from (replace(case, tile=tile) for tile in dict.fromkeys(tiles))
     if chain == "pw" and dtype != "float32":
         case = deep_pointwise(dtype, seed)
+        ranked = [*planned(case, gpu), *planned(case, replace(gpu, sms=SMS))]
         for features in DEEP:
-            found = [tile for tile in planned(case, gpu) if features <= set(tile.split())]
+            found = [tile for tile in ranked if features <= set(tile.split())]
             yield from (replace(case, tile=tile) for tile in found[:1])
 
 

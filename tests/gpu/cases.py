@@ -113,6 +113,6 @@ def deep_pointwise(dtype: str, seed: int, many: bool = False) -> Case:
     c_in, c_out = 8 * int(rng.integers(32, 60)), int(rng.choice((256, 384, 512, 576)))
     h, w, batch = int(rng.integers(9, 16)), int(rng.integers(9, 16)), int(rng.integers(3, 7))
     if many:
-        h, w, batch = 4 * h, 4 * w, 2 * batch
+        h, w, batch, c_out = 4 * h, 4 * w, 3 * batch, max(512, c_out)
     stage = Stage("pw", c_in, c_out, activation="relu")
     return Case((stage,), dtype=dtype, batch=batch, h=h, w=w, seed=seed)
