@@ -740,20 +740,17 @@ def _going_by_registers(seg: Segment, tile: Tile, loop: int) -> int:
     hoists of the end."""
     rows, wide, whole = tile.patch_h, seg.element == 4, block_n(seg, tile) == seg.padded_out
     exponentials = _ACTIVATION[seg.layers[0].activation] > 8
-    if seg.scaled or seg.takes_moments:
-        loop += 16
-    elif not wide:
-        loop += 8
+    loop += 16 if seg.scaled or seg.takes_moments else 8
     if seg.layers[0].kind == "conv":
         loop += 8 * rows
     if seg.pool or seg.residual:
-        loop += 16 + 16 * rows if wide else 24
+        loop += 8 + 16 * rows if wide else 24
     if wide and seg.padded_out % seg.group and not whole:  # some thread blocks end in half a group
-        loop += 128 if seg.residual else 64
+        loop += 120 if seg.residual else 56
     if seg.residual or tile.warps_n > 1 or not whole:
-        return loop + (16 * (rows - 1) if exponentials and not wide else 16 if whole else 0)
+        return loop + (16 * (rows - 1) if exponentials and not wide else 8 if whole else 0)
     # Where channels lie are constants: all biases.
-    return max(loop + 24, (0 if wide else 16 + 8 * rows * _warp_groups_n(seg, tile)) + (32 if exponentials else 0))
+    return max(loop + 16, (0 if wide else 16 + 8 * rows * _warp_groups_n(seg, tile)) + (32 if exponentials else 0))
 
 
 def resident(seg: Segment, tile: Tile, gpu: Gpu, shared: int, regs: int) -> int:
