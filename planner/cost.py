@@ -943,7 +943,8 @@ def work(seg: Segment, tile: Tile, sms: int) -> Work:
         rows = round_up(ceil_div(mid_pixels, spatial), 64 if t.wgmma else 16) // 16
         tiles = min(_first_tiles(seg, t), rows / warps) if layer else t.patch_h
     waited = tiles + (t.patch_h if seg.project else 0) if t.wgmma and layer else 0.0
-    if _from_registers(seg, t) and t.warps_m > 8:  # no registers for products to overlap in
+    one_set = t.warps_m > 8 or (groups == 1 and t.resident > 0 and t.warps_n == 1)
+    if _from_registers(seg, t) and one_set:  # of operands' registers: a product ends before the next begins
         waited += groups
     if seg.first:
         weights = groups * group // 8 * seg.first_steps * 256

@@ -762,6 +762,9 @@ struct Module {
       }
     }
   }
+  // Whether the next group's operands come to the registers that these products read: where 12 warps have no others,
+  // and where a step has one group and nothing else waits for products between steps.
+  static constexpr bool kOneSet = S.tile.warps_m > 8 || (kApart && kChunkGroups == 1);
   // Starts the products of the fragments in the exchange buffer.
   FCM_DEVICE void start_project(int step) {
     constexpr int kN = block_n(S) / S.tile.warps_n;
@@ -791,7 +794,7 @@ struct Module {
       }
       if constexpr (kFromRegisters) {  // while these run, the next group's registers are filled, where there are any
         wgmma_commit();
-        wgmma_wait_for_operands<(S.tile.warps_m > 8 ? 0 : 1)>();
+        wgmma_wait_for_operands<kOneSet ? 0 : 1>();
       }
     }
     if constexpr (!kFromRegisters) wgmma_commit();

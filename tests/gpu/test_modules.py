@@ -5,6 +5,7 @@ Inputs and outputs lie between guards of NaN and the output is poisoned first, s
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -107,7 +108,9 @@ def test_deep_pointwise(features: set[str], dtype: str, pool: bool, seed: int) -
     wide = [tile for tile in planned(case, device.name) if features <= set(tile.split())]
     assert wide, case.to_line()
     data = data_of(case)
-    for tile in (wide[0], wide[-1]):
+    least = (32 if dtype == "float16" else 16) * int(re.findall(r"warps_n=(\d+)", wide[0])[0])
+    for tile in (wide[0], wide[-1], re.sub(r"chunk=\d+", f"chunk={least}", wide[0])):
         tiled = replace(case, tile=tile)
+        assert not library.kernel_resources(describe(tiled), device.shared_bytes_per_block)["replaced"], tile
         wrong = complaint(tiled, data, Session(tiled, data, "cuda").run(tiled, data), "cuda")
         assert wrong is None, wrong
