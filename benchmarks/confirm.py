@@ -286,7 +286,7 @@ def architecture() -> str:
 def launch(args: argparse.Namespace) -> None:
     """Every profiled module once, each after it a mark, in this process under ncu."""
     from benchmarks.driver import Cuda, CudaError
-    from benchmarks.modules import Host, Params, launch_on
+    from benchmarks.modules import SIZES, Host, Params, launch_on
     from benchmarks.timings import places
 
     jobs = read(args.jobs)
@@ -317,9 +317,7 @@ def launch(args: argparse.Namespace) -> None:
             y = written(seg)
             height, width = map_of(seg)
             sums = seg.element * seg.batch * shape["pool_rows"] * seg.c_out
-            sizes = {
-                n: shape[n] for n in ("mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y", "pool_rows", "tiles")
-            }
+            sizes = {n: shape[n] for n in SIZES}
             params = Params(
                 x=allocate(seg.element * math.prod(x_shape(seg))), y=allocate(y),
                 residual=allocate(y) if seg.residual else None,

@@ -81,6 +81,10 @@ int vector_length(int k, int stage) {{ return fcm::padded_vector(specs[k], stage
 """
 
 
+# Of fcm::Launch, what fcm::Params takes as it is.
+SIZES = ("mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y", "pool_rows", "tiles")
+
+
 class Params(ctypes.Structure):
     """fcm::Params of kernels/spec.h."""
 
@@ -318,7 +322,7 @@ class Bench:
         """us (None without replays), error, deviations, blocks, grid and threads of this module compiled as `cubin`."""
         cuda = self.cuda
         function, module = cuda.function(cubin, "fcm_module", launch["shared_bytes"])
-        sizes = {n: launch[n] for n in ("mid_h", "mid_w", "out_h", "out_w", "tiles_x", "tiles_y", "pool_rows", "tiles")}
+        sizes = {n: launch[n] for n in SIZES}
         rows_shape = (self.case.batch, launch["pool_rows"], 1, self.case.stages[-1].c_out)
         rows_bytes = int(np.prod(rows_shape)) * self.case.storage.itemsize
         pool = self._allocate(rows_bytes) if self.case.pool else 0
