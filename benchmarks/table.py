@@ -3,9 +3,9 @@
     python -m benchmarks.table [--check]
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a file of benchmarks/results without
-`.json`, with `/float16` or such to keep one type, `torch`, `costs` and `sizes_h200` (of benchmarks/torch_compile.py,
-costs.py and sizes.py), `steps` (see benchmarks/steps.py), `paper` (see benchmarks/paper.py), `counters` (see
-benchmarks/profile.py), or one of the tables of benchmarks/confirm.py.
+`.json`, with `/float16` or such to keep one type, `torch`, `costs`, `sizes_h200` and `start_h200` (of
+benchmarks/torch_compile.py, costs.py, sizes.py and start.py), `steps` (see benchmarks/steps.py), `paper` (see
+benchmarks/paper.py), `counters` (see benchmarks/profile.py), or one of the tables of benchmarks/confirm.py.
 `--check` changes nothing and fails where a table is out of date.
 """
 
@@ -131,6 +131,19 @@ def render_sizes(cells: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", measured_on(cells), ""]) if cells else "Not measured yet.\n"
 
 
+def render_start(cells: list[dict[str, Any]]) -> str:
+    """A Markdown table of sessions' starts, medians of the runs."""
+    lines = [
+        "| network | type | batch | kernels | stock, s | no kernel in the cache | all in the cache | cores |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for c in cells:
+        times = " | ".join(number(statistics.median(c["seconds"][kind])) for kind in ("stock", "cold", "warm"))
+        cores = c["environment"]["cpus"]
+        lines.append(f"| {c['network']} | {_type(c)} | {c['batch']} | {c['kernels']} | {times} | {cores} |")
+    return "\n".join([*lines, "", measured_on(cells), ""]) if cells else "Not measured yet.\n"
+
+
 def measured_on(cells: list[dict[str, Any]]) -> str:
     """Where and when the cells were measured, as a sentence."""
     where = {
@@ -158,6 +171,8 @@ def _table(name: str, dtype: str | None) -> str:
     cells = _results(name, dtype)
     if name == "sizes_h200":
         return render_sizes(cells)
+    if name == "start_h200":
+        return render_start(cells)
     if name == "torch":
         return render_torch(cells, _results("networks", dtype))
     return render_costs(cells) if name == "costs" else render(cells)

@@ -765,6 +765,7 @@ struct Module {
   // Whether the next group's operands come to the registers that these products read: where 12 warps have no others,
   // and where a step has one group and nothing else waits for products between steps.
   static constexpr bool kOneSet = S.tile.warps_m > 8 || (kApart && kChunkGroups == 1);
+  static constexpr int kSets = kOneSet ? 1 : kChunkGroups;
   // Starts the products of the fragments in the exchange buffer.
   FCM_DEVICE void start_project(int step) {
     constexpr int kN = block_n(S) / S.tile.warps_n;
@@ -786,7 +787,7 @@ struct Module {
           float* const d = &sums[py][0][0][0];
           const char* const b = weights + gi * (block_n(S) / 8) * kFragment;
           if constexpr (kFromRegisters) {
-            wgmma<S.type, kN>(d, own[py].step[s], b, kFragment, s);
+            wgmma<S.type, kN>(d, own[py].step[s], b, kFragment, s, gi % kSets * P + py);
           } else {
             wgmma<S.type, kN>(d, fragments + (gi * P + py) * S.tile.warps_m * 2 * kFragment, b, kFragment, s);
           }

@@ -500,9 +500,10 @@ FCM_DEVICE void wgmma_wait_for_operands() {
 // d[64 x N] += a * b: half the channels of a group (`half` 0 or 1) of 64 rows and of N rows at `b`, whose row blocks
 // are `stride` bytes apart. Of four warps, warp i has rows 16 * i on, laid over its lanes like mma_half's results. The
 // 64 rows start at `a`, or are in registers, a Vec like mma_half's (or mma_tf32's) a0 to a3. Of floats TF32's bits
-// alone are read: whoever writes them rounds.
+// alone are read: whoever writes them rounds. `set` tells such registers apart, for the CPU: those of one number may
+// not be written while products read them.
 template <Type TYPE, int N, class A>
-FCM_DEVICE void wgmma(float* d, const A& a, const char* b, int stride, int half) {
+FCM_DEVICE void wgmma(float* d, const A& a, const char* b, int stride, int half, [[maybe_unused]] int set = 0) {
   static_assert(N % 8 == 0, "rows come in row blocks");
   constexpr bool kHalf = TYPE == Type::float16, kRegisters = sizeof(A) == sizeof(Vec);
   constexpr int kN = N >= 256   ? 256

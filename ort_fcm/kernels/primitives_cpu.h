@@ -1,6 +1,7 @@
 // The primitives of primitives.cuh on the CPU, for tests: each CUDA thread is a fiber, switched where threads wait for
-// one another. Shared memory starts as NaN, asynchronous copies happen no sooner than they are waited for, and the
-// order of threads between barriers is random, so that what only luck makes right shows.
+// one another. Shared memory starts as NaN, asynchronous copies happen no sooner than they are waited for, products of
+// a warpgroup then or as soon as they are committed, and the order of threads between barriers is random, so that what
+// only luck makes right shows.
 #pragma once
 
 #include <ucontext.h>
@@ -54,13 +55,14 @@ struct Copy {
   bool valid;
 };
 
-// Half a group of channels of 64 rows times those of `columns` rows, for this lane's rows: at `a`, or (null) copied.
+// Half a group of channels of 64 rows times those of `columns` rows, for this lane's rows: at `a`, or (null) in
+// registers of the four lanes that have them.
 struct Product {
   float* d;
   const char *a, *b;
   int columns, stride, half;
   Type type;
-  u32 rows[2][8];
+  const Vec* registers[4];
 };
 
 struct Arrivals {  // a barrier for bulk copies, or for what a cluster sends
@@ -93,12 +95,14 @@ struct Fiber {
   Block* block;
   std::vector<std::vector<Copy>> copies;       // by commit; the last is still open
   std::vector<std::vector<Product>> products;  // likewise
+  std::map<int, Vec> registers;                // that products read, by set
   void* fake_stack;
 };
 
 constexpr std::size_t kStack = 1 << 18;
 
 struct Machine {
+  std::mt19937 random;
   ucontext_t scheduler;
   Fiber* current = nullptr;
   std::vector<std::unique_ptr<Block>> blocks;  // of the cluster that runs
@@ -148,7 +152,8 @@ inline void enter() {
 inline void run_grid(const Launch& l, unsigned seed, std::function<void()> kernel) {
   machine.kernel = std::move(kernel);
   machine.grid_x = (int)l.grid_x;
-  std::mt19937 random(seed);
+  std::mt19937& random = machine.random;
+  random.seed(seed);
   const int fibers = l.threads * l.grid_z;
   std::unique_ptr<char[]> stacks(new char[kStack * fibers]);
   for (long long x = 0; x < l.grid_x; ++x)
@@ -423,7 +428,6 @@ FCM_DEVICE void mma_tf32(float (&d)[4], const float (&c)[4], u32 a0, u32 a1, u32
 FCM_DEVICE void wgmma_reads() {}
 template <class Sums>
 FCM_DEVICE void wgmma_fence(Sums&) {}
-FCM_DEVICE void wgmma_commit() { cpu::self().products.emplace_back(); }
 inline void multiply(const cpu::Product& q) {
   const auto element = [&](const char* from) {
     u32 bits = 0;
@@ -434,24 +438,38 @@ inline void multiply(const cpu::Product& q) {
     const int byte = q.half * 32 + k * element_bytes(q.type);
     return element(from + row / 8 * stride + swizzled(row % 8, byte / 16) + byte % 16);
   };
+  const auto in_registers = [&](int side, int k) {
+    const int word = k * element_bytes(q.type) / 4;
+    return element((const char*)&q.registers[word % 4]->r[word / 4 * 2 + side] + k * element_bytes(q.type) % 4);
+  };
   const int row0 = cpu::self().thread / 32 % 4 * 16 + cpu::lane() / 4;
   for (int i = 0; i < q.columns / 2; ++i)
     for (int k = 0; k < group(q.type) / 2; ++k) {
       const int side = i % 4 / 2;
-      const float a =
-          q.a ? at(q.a, row0 + side * 8, k, 512) : element((const char*)q.rows[side] + k * element_bytes(q.type));
+      const float a = q.a ? at(q.a, row0 + side * 8, k, 512) : in_registers(side, k);
       q.d[i] += a * at(q.b, i / 4 * 8 + cpu::lane() % 4 * 2 + i % 2, k, q.stride);
     }
 }
-// As on the GPU, sums change no sooner than they are waited for, and a warp waits as one.
-template <int PENDING>
-FCM_DEVICE void wgmma_wait_for_operands() {
+// All but the `pending` last of what has been committed; a warp multiplies as one.
+inline void multiply_all_but(std::size_t pending) {
   auto& products = cpu::self().products;
-  while (products.size() > PENDING + 1) {
+  cpu::pass(cpu::warp().gate);  // nobody has gone on to write what others still read
+  while (products.size() > pending + 1) {
     for (const cpu::Product& q : products.front()) multiply(q);
     products.erase(products.begin());
   }
   cpu::pass(cpu::warp().gate);
+}
+// As on the GPU, products read their operands, and change their sums, at any time from here until they are waited for:
+// at once, or as late as may be.
+FCM_DEVICE void wgmma_commit() {
+  auto& products = cpu::self().products;
+  products.emplace_back();
+  multiply_all_but(cpu::machine.random() % 2 ? 0 : products.size());
+}
+template <int PENDING>
+FCM_DEVICE void wgmma_wait_for_operands() {
+  multiply_all_but(PENDING);
 }
 template <int PENDING, class Sums>
 FCM_DEVICE void wgmma_wait(Sums&) {
@@ -463,13 +481,17 @@ FCM_DEVICE void wgmma(float* d, const char* a, const char* b, int stride, int ha
   cpu::self().products.back().push_back({d, a, b, N, stride, half, TYPE, {}});
 }
 template <Type TYPE, int N>
-FCM_DEVICE void wgmma(float* d, const Vec& a, const char* b, int stride, int half) {
+FCM_DEVICE void wgmma(float* d, const Vec& a, const char* b, int stride, int half, int set) {
   if ((b - shared_memory()) % 512) std::abort();  // misaligned
+  Vec& own = cpu::self().registers[2 * set + half];
+  own = a;
+  const u64 address = (u64)(std::uintptr_t)&own;
+  cpu::publish((u32)address, (u32)(address >> 32), 0, 0, 0, 0);
   cpu::Product q{d, nullptr, b, N, stride, half, TYPE, {}};
-  cpu::publish(a.r[0], a.r[1], a.r[2], a.r[3], 0, 0);
-  for (int word = 0; word < 8; ++word)
-    for (int side = 0; side < 2; ++side)
-      q.rows[side][word] = cpu::warp().a[(cpu::lane() & ~3) + word % 4][word / 4 * 2 + side];
+  for (int i = 0; i < 4; ++i) {
+    const u32(&lane)[4] = cpu::warp().a[(cpu::lane() & ~3) + i];
+    q.registers[i] = (const Vec*)(std::uintptr_t)(lane[0] | (u64)lane[1] << 32);
+  }
   cpu::pass(cpu::warp().gate);
   cpu::self().products.back().push_back(q);
 }

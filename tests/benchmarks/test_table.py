@@ -77,3 +77,10 @@ def test_costs_stand_beside_stocks() -> None:
     ]
     assert "Measured on H200" in lines[-1] and "peak" not in "".join(lines)
     assert table.render_costs([where | stock]) == "Not measured yet.\n"
+
+
+def test_starts_in_the_median() -> None:
+    seconds = {"stock": [1.0, 5.0, 3.0], "cold": [2.0, 2.5, 9.0], "warm": [0.5, 0.25, 0.75]}
+    cell = {"network": "net", "dtype": "float32", "batch": 1, "kernels": 20, "seconds": seconds}
+    text = table.render_start([cell | {"environment": ENVIRONMENT | {"cpus": 16}}])
+    assert "| net | float32 (TF32) | 1 | 20 | 3 | 2.5 | 0.5 | 16 |" in text
