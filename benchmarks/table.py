@@ -4,8 +4,9 @@
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a file of benchmarks/results without
 `.json`, with `/float16` or such to keep one type, `torch`, `costs`, `sizes_h200` and `start_h200` (of
-benchmarks/torch_compile.py, costs.py, sizes.py and start.py), `steps` (see benchmarks/steps.py), `paper` (see
-benchmarks/paper.py), `counters` (see benchmarks/profile.py), or one of the tables of benchmarks/confirm.py.
+benchmarks/torch_compile.py, costs.py, sizes.py and start.py), `ratios` (a short form of networks.json), `steps` (see
+benchmarks/steps.py), `paper` (see benchmarks/paper.py), `counters` (see benchmarks/profile.py), or one of the tables of
+benchmarks/confirm.py.
 `--check` changes nothing and fails where a table is out of date.
 """
 
@@ -50,6 +51,29 @@ def render(cells: list[dict[str, Any]]) -> str:
             f"| {number(error.get('rewritten'), '.1e')} |"
         )
     return "\n".join([*lines, "", measured_on(cells), ""])
+
+
+def render_ratios(cells: list[dict[str, Any]]) -> str:
+    """A Markdown table of networks planned by estimate, a row for each type: by batch, milliseconds of stock and of
+    ours, and their ratio."""
+    found = {key_of(c): c for c in cells if "failed" not in c and not key_of(c)[3]}
+    if not found:
+        return "Not measured yet.\n"
+    batches = sorted({batch for _, _, batch, _ in found})
+
+    def shown(cell: dict[str, Any] | None) -> str:
+        if not cell:
+            return "-"
+        return f"{number(_best(cell, False))} / {number(_best(cell, True))} = **{number(cell['ratio'], '.1f')}**"
+
+    lines = ["| network | type | " + " | ".join(f"batch {batch}" for batch in batches) + " |",
+             "|---|---|" + "---:|" * len(batches)]  # fmt: skip
+    for name, dtype in sorted({key[:2] for key in found}):
+        row = [found.get((name, dtype, batch, False)) for batch in batches]
+        lines.append(f"| {name} | {_type({'dtype': dtype})} | {' | '.join(map(shown, row))} |")
+    errors = [c["error"]["ratio"] for c in found.values() if "ratio" in c.get("error", {})]
+    close = f" Errors against float64 are {min(errors):.2f} to {max(errors):.2f} of stock's own." if errors else ""
+    return "\n".join([*lines, "", measured_on(list(found.values())) + close, ""])
 
 
 def _type(cell: dict[str, Any]) -> str:
@@ -152,9 +176,13 @@ def measured_on(cells: list[dict[str, Any]]) -> str:
     }
     if not where:
         return "Not measured yet."
+    days: dict[tuple[Any, ...], dict[str, list[str]]] = {}  # by what was there, the revisions of each day
+    for *there, date, revision in sorted(where, key=str):
+        days.setdefault(tuple(there), {}).setdefault(date, []).append(str(revision))
     notes = [
-        f"{gpu}, ONNX Runtime {ort}, cuDNN {cudnn}, CUDA driver {driver}, {date}, revision {revision}"
-        for gpu, ort, cudnn, driver, date, revision in sorted(where, key=str)
+        f"{gpu}, ONNX Runtime {ort}, cuDNN {cudnn}, CUDA driver {driver}, day (revision): "
+        + ", ".join(f"{date} ({', '.join(revisions)})" for date, revisions in found.items())
+        for (gpu, ort, cudnn, driver), found in days.items()
     ]
     return "Measured on " + "; ".join(notes) + "."
 
@@ -168,6 +196,8 @@ def _table(name: str, dtype: str | None) -> str:
         return steps.render()
     if name == "counters":
         return profile.render()
+    if name == "ratios":
+        return render_ratios(_results("networks", dtype))
     cells = _results(name, dtype)
     if name == "sizes_h200":
         return render_sizes(cells)

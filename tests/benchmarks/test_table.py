@@ -39,6 +39,8 @@ def test_a_row_has_the_best_of_each() -> None:
     assert rows[0] == "| net | float16 | 16 | 8 (NHWC) | 5 | 1.60 | 1.0e-03 | 1.2e-03 |"
     assert rows[1].startswith("| net, tuned | float16 | 16 | 8 (NHWC) | 6 ") and len(rows) == 2
     assert "2026-01-02" in text
+    text = table.render_ratios([tuned, failed, planned])
+    assert "| network | type | batch 16 |" in text and "| net | float16 | 8 / 5 = **1.6** |" in text
     torch = {"network": "net", "dtype": "float16", "median_ms": 11.0, "torch": "2", "timm": "1"}
     text = table.render_torch(
         [torch | {"batch": batch, "environment": ENVIRONMENT} for batch in (16, 1)], [tuned, failed, planned]
@@ -84,3 +86,11 @@ def test_starts_in_the_median() -> None:
     cell = {"network": "net", "dtype": "float32", "batch": 1, "kernels": 20, "seconds": seconds}
     text = table.render_start([cell | {"environment": ENVIRONMENT | {"cpus": 16}}])
     assert "| net | float32 (TF32) | 1 | 20 | 3 | 2.5 | 0.5 | 16 |" in text
+
+
+def test_a_day_has_its_revisions() -> None:
+    cells = [{"environment": ENVIRONMENT | {"date": f"2026-01-0{day} 09:00", "revision": r}} for day, r in
+             ((3, "b"), (2, "r"), (3, "a"), (3, "a"))]  # fmt: skip
+    assert table.measured_on(cells) == (
+        "Measured on H200, ONNX Runtime 1, cuDNN 2, CUDA driver 3, day (revision): 2026-01-02 (r), 2026-01-03 (a, b)."
+    )
