@@ -5,8 +5,8 @@
 
 MobileNetV2 of the example, planned for the GPU present. Each start is one process's, which has CUDA up already, as it
 has run a network of one node; input and output lie on the GPU. Cold: with an empty cache, so that every kernel is
-compiled. ONNX Runtime's search for convolutions is in stock's start as by default. The table of docs/performance.md
-shows medians of the runs.
+compiled. Loading cuDNN, and its search for convolutions as by default, are part of stock's start. The table of
+docs/performance.md shows medians of the runs.
 """
 
 from __future__ import annotations

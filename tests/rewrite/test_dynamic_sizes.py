@@ -67,7 +67,7 @@ def session(model: onnx.ModelProto, provider: str, rewritten: bool) -> Any:
 
 def assert_right(run: Any, reference: Any, x: Array, tolerance: float, note: str) -> None:
     """Within the tolerance, of an output's largest element; a mean (of rank 2) also within a float sum's own error."""
-    of_sums = 2.0**-24 * (x.shape[2] // 4 + 1) * (x.shape[3] // 4 + 1)  # one rounding for each of its pixels
+    of_sums = 2.0**-24 * (x.shape[2] // 4 + 1) * (x.shape[3] // 4 + 1)  # a rounding for each pixel of the coarse map
     name = reference.get_inputs()[0].name
     expected = reference.run(None, {name: x.astype(np.float32)})
     for y, z in zip(expected, run.run(None, {name: x}), strict=True):
