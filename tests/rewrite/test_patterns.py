@@ -494,7 +494,7 @@ def test_overridable_weights(fuse: Fuse, seed: int) -> None:
 
 def test_a_tensor_with_another_user_ends_a_chain(fuse: Fuse, seed: int) -> None:
     net = Net(seed=seed)
-    a = net.op("Relu", net.conv(net.input(1, 8, 9, 9), 8))
+    a = net.op("Relu", net.conv(net.input(1, 8, 9, 9), 32))
     b = net.op("Relu", net.depthwise(a))
     c = net.conv(b, 8)
     net.output(c, b, net.op("ReduceMean", a, axes=[2, 3]))
